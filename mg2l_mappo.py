@@ -1,0 +1,1171 @@
+"""MG2L with MAPPO: meta-learning task representations in multi-agent reinforcement learning.
+
+Zhao et al., "Meta Learning Task Representation in Multiagent Reinforcement Learning: From Global Inference to Local
+Inference", IEEE TNNLS 2025. Equation, algorithm and table numbers below are this paper's.
+
+Agents meet many tasks and are never told which one they are in; they must infer it from what they experience. In
+training an encoder turns the joint experience of all agents into a global representation z, learnt by contrast between
+tasks (L_G) and from the critic that reads it (L_Q). Each agent's own experience gives a local representation z^i, which
+learns to say what z says (L_L), and the policies read only z^i. So at meta-test every agent explores, infers the task
+and acts on its own.
+
+    python mg2l_mappo.py --env-id hunting_target            # trains, meta-tests, leaves runs/...
+    python mg2l_mappo.py --resume runs/RUN                  # goes on where the run was cut off
+    python mg2l_mappo.py --meta-test runs/RUN --capture-video
+    tensorboard --logdir runs
+"""
+
+import ast
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import envs
+
+SCRIPT = "mg2l_mappo"
+# Table III: what depends on the environment; a flag given by hand wins
+ENV_DEFAULTS = {
+    "hunting_target": dict(total_timesteps=500_000, buffer_size=300_000, context_size=32, eval_interval=50_000),
+    "spread_target": dict(total_timesteps=500_000, buffer_size=300_000, context_size=32, eval_interval=50_000),
+}
+
+
+@dataclass
+class Args:
+    env_id: str = "hunting_target"
+    """the meta-environment: hunting_target or spread_target"""
+    env_kwargs: tuple[str, ...] = ()
+    """settings of the environment, e.g. num_preys=2 radius=1.0"""
+    seed: int = 1
+    """seed of everything"""
+    cuda: bool = True
+    """train on a GPU if there is one"""
+    num_threads: int = 0
+    """CPU threads of PyTorch (0: one per core, at most 4)"""
+    run_dir: str = "runs"
+    """folder that run folders are made in"""
+    run_name: str | None = None
+    """name of the run folder (default: {env_id}__{script}__{seed}__{time})"""
+    resume: str | None = None
+    """run folder to go on with: its arguments hold, but for total-timesteps, track and capture-video"""
+    meta_test: str | None = None
+    """run folder to evaluate without training: explore-episodes, test-episodes, eval-copies, eval-sample, seed hold"""
+    track: bool = False
+    """send the run to Weights & Biases as well"""
+    wandb_project_name: str = "mg2l"
+    """project of the run in Weights & Biases"""
+    wandb_entity: str | None = None
+    """entity (team) of the project in Weights & Biases"""
+    capture_video: bool = False
+    """write a video of each test task at the end: exploration beside what was learnt"""
+    checkpoint_interval: int = 10
+    """iterations between two checkpoints; one is also written at the end"""
+
+    # MAPPO (Tables I and II)
+    total_timesteps: int | None = None
+    """steps of one environment copy, summed over copies, context collection included (default: Table III)"""
+    num_envs: int = 32
+    """copies of the environment that gather experience for the policies, E"""
+    learning_rate: float = 5e-4
+    """of every Adam; decays linearly to 0"""
+    encoder_learning_rate: float = 1e-3
+    """of the encoder's (Table II: as the others)"""
+    adam_eps: float = 1e-5
+    """epsilon of every Adam"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of the generalised advantage estimate"""
+    update_epochs: int = 15
+    """passes over a rollout"""
+    clip_coef: float = 0.2
+    """clipping of the probability ratio, and of the value's change"""
+    ent_coef: float = 0.01
+    """weight of the policy's entropy"""
+    huber_delta: float = 10.0
+    """where the value loss turns from square to linear, in standard deviations of the return"""
+    max_grad_norm: float = 10.0
+    """gradient clipping: each actor, the critic, and each part of the encoder by itself"""
+    hidden_dim: int = 128
+    """width of the two hidden layers of actors and critic"""
+    share_policy: bool = False
+    """one actor and one local encoder for all agents, told the agent's id: sensible above 8 agents"""
+
+    # task representation (Tables I to III)
+    latent_dim: int = 64
+    """dimensions of z and of each z^i, d"""
+    encoder_dim: int = 64
+    """width of the encoder"""
+    encoder_blocks: int = 1
+    """attention blocks before each permutation-invariant head (Table I: 2)"""
+    encoder_heads: int = 4
+    """heads of each attention block"""
+    kl_coef: float = 0.01
+    """alpha, the weight of the KL to the prior, mean over dimensions (Table II: 0.1)"""
+    local_loss: Literal["infonce", "cmi", "kl"] = "infonce"
+    """L_L: infonce contrasts z^i alone, cmi is eq. 24 as printed, kl is the consistency loss of section V-F"""
+    similarity: Literal["dot", "cosine"] = "dot"
+    """similarity of two representations in the contrastive losses"""
+    temperature: float = 8.0
+    """divides the similarity; 8 is the square root of the default latent-dim"""
+    context_size: int | None = None
+    """transitions in one context, B (default: Table III)"""
+    buffer_size: int | None = None
+    """transitions of single agents that the context buffers of all tasks hold together (default: Table III)"""
+    context_episodes: int = 2
+    """episodes that one context is drawn from"""
+    context_copies: int = 10
+    """episodes gathered per training task in each collection of context"""
+    context_interval: int = 5
+    """iterations between two collections of context (Algorithm 1: 1)"""
+    encoder_updates: int = 20
+    """steps on L_G + L_L in an iteration"""
+    context_sets: int = 12
+    """sets of one context per training task in each of these steps; every context is compared with all other sets"""
+    rollout_contexts: int = 16
+    """contexts encoded per task before a rollout; each step picks one"""
+
+    # meta-test (Algorithm 2)
+    eval_interval: int | None = None
+    """steps between two evaluations (default: Table III)"""
+    eval_copies: int = 32
+    """meta-test runs in one evaluation, spread evenly over the test tasks"""
+    explore_episodes: int = 2
+    """exploration episodes of a meta-test run, on the prior, K"""
+    test_episodes: int = 4
+    """all episodes of a meta-test run, N"""
+    eval_sample: bool = False
+    """sample the actions after exploration instead of taking the mode"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+class AgentMLP(nn.Module):
+    """n multilayer perceptrons side by side, one per agent: [n, batch, in] -> [n, batch, out].
+
+    One batched product per layer does for all agents. With `shared` one perceptron serves all, told the agent's id.
+    LayerNorm has no scale and offset: a linear layer always follows, which has both.
+    """
+
+    def __init__(self, num_agents: int, sizes: list[int], head_gain: float, norm: bool, shared: bool):
+        super().__init__()
+        self.num_agents, self.norm, self.shared = num_agents, norm, shared
+        if shared:
+            sizes = [sizes[0] + num_agents, *sizes[1:]]
+        nets = 1 if shared else num_agents
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for k, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+            gain = head_gain if k == len(sizes) - 2 else math.sqrt(2)
+            weight = [nn.init.orthogonal_(torch.empty(fan_out, fan_in), gain).T for _ in range(nets)]
+            self.weights.append(torch.stack(weight))  # [nets, in, out]
+            self.biases.append(torch.zeros(nets, 1, fan_out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch = x.shape[1]
+        if self.shared:
+            ids = torch.eye(self.num_agents, device=x.device)[:, None].expand(-1, batch, -1)
+            x = torch.cat([x, ids], -1).flatten(0, 1)[None]  # [1, n * batch, in + n]
+        for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            if k < len(self.weights) - 1:
+                x = F.relu(x)
+                x = F.layer_norm(x, x.shape[-1:]) if self.norm else x
+        return x.view(self.num_agents, batch, -1)
+
+
+class Actor(nn.Module):
+    """pi^i(a | o^i, z^i) of every agent i."""
+
+    def __init__(self, num_agents: int, obs_dim: int, latent_dim: int, action_space, hidden_dim: int, shared: bool):
+        super().__init__()
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
+        sizes = [obs_dim + latent_dim, hidden_dim, hidden_dim, self.action_dim]
+        self.mlp = AgentMLP(num_agents, sizes, head_gain=0.01, norm=True, shared=shared)
+        if not self.discrete:
+            self.log_std = nn.Parameter(torch.full((1 if shared else num_agents, 1, self.action_dim), -0.5))
+
+    def forward(self, obs: torch.Tensor, z: torch.Tensor) -> Distribution:
+        """obs [n, batch, obs_dim], z [n, batch, d] -> distribution of the actions, [n, batch] (of vectors if Box)."""
+        out = self.mlp(torch.cat([obs, z], -1))  # [n, batch, action_dim]
+        if self.discrete:
+            return Categorical(logits=out, validate_args=False)
+        return Independent(Normal(out, self.log_std.exp(), validate_args=False), 1, validate_args=False)
+
+
+class Critic(nn.Module):
+    """V(s, z), one output per agent: [..., state_dim], [..., d] -> [..., n], in units of the value normaliser."""
+
+    def __init__(self, num_agents: int, state_dim: int, latent_dim: int, hidden_dim: int):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            [
+                nn.Linear(state_dim + latent_dim, hidden_dim),
+                nn.Linear(hidden_dim, hidden_dim),
+                nn.Linear(hidden_dim, num_agents),
+            ]
+        )
+        for layer, gain in zip(self.layers, (math.sqrt(2), math.sqrt(2), 1), strict=True):
+            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, state: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([state, z], -1)
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+            x = F.layer_norm(x, x.shape[-1:])
+        return self.layers[-1](x)
+
+
+class ValueNorm(nn.Module):
+    """Running mean and standard deviation of the returns, debiased as in the MAPPO authors' code."""
+
+    def __init__(self, beta: float = 0.99999):
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # mean, mean of squares, weight; all biased
+
+    def update(self, returns: torch.Tensor) -> None:
+        new = torch.stack([returns.mean(), returns.square().mean(), torch.ones_like(returns[0, 0, 0])])
+        self.sums.mul_(self.beta).add_(new, alpha=1 - self.beta)
+
+    def mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, square = self.sums[:2] / self.sums[2].clamp(min=1e-12)
+        return mean.float(), (square - mean.square()).clamp(min=1e-2).sqrt().float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Multi-level task encoder (eq. 7)
+
+
+class PIA(nn.Module):
+    """Permutation-invariant attention (eq. 26): attention blocks without positions, then one learnt query."""
+
+    def __init__(self, dim: int, blocks: int, heads: int):
+        super().__init__()
+        # LayerNorm before attention and MLP, residual around both
+        self.blocks = nn.Sequential(
+            *[
+                nn.TransformerEncoderLayer(dim, heads, dim, dropout=0.0, batch_first=True, norm_first=True)
+                for _ in range(blocks)
+            ]
+        )
+        self.query = nn.Parameter(torch.randn(dim))  # Q
+        self.key = nn.Linear(dim, dim, bias=False)  # W_k
+        self.value = nn.Linear(dim, dim, bias=False)  # W_v
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [..., L, dim] -> the weighted mean of its L rows [..., dim], and their scores before softmax [..., L]."""
+        x = self.blocks(x.flatten(0, -3)).view_as(x)
+        score = x @ (self.key.weight.T @ self.query) / math.sqrt(x.shape[-1])  # Q (x W_k)^T / sqrt(d), query first
+        pooled = (score.softmax(-1)[..., None, :] @ x)[..., 0, :]  # [..., dim]
+        return self.value(pooled), score  # W_v after the sum: the same product, L times cheaper
+
+
+class TaskEncoder(nn.Module):
+    """From transitions to the posteriors q(z | c) and q^i(z^i | c^i) (eq. 7)."""
+
+    def __init__(self, num_agents, transition_dim, encoder_dim, latent_dim, blocks, heads, shared):
+        super().__init__()
+        # without a standard scale of its input the encoder does not learn
+        self.register_buffer("mean", torch.zeros(transition_dim))
+        self.register_buffer("std", torch.ones(transition_dim))
+        self.e_tran = nn.Sequential(
+            nn.Linear(transition_dim, encoder_dim), nn.ReLU(), nn.Linear(encoder_dim, encoder_dim)
+        )
+        self.e_agg = PIA(encoder_dim, blocks, heads)
+        self.e_global = PIA(encoder_dim, blocks, heads)
+        self.global_head = nn.Linear(encoder_dim, 2 * latent_dim)
+        sizes = [encoder_dim, encoder_dim, encoder_dim, 2 * latent_dim]
+        self.e_local = AgentMLP(num_agents, sizes, head_gain=1.0, norm=False, shared=shared)
+
+    def phi_g(self) -> list[nn.Parameter]:
+        """What L_Q and L_G train: everything but the local encoders."""
+        return [p for name, p in self.named_parameters() if not name.startswith("e_local")]
+
+    def phi_l(self) -> list[nn.Parameter]:
+        """What L_L trains: the local encoders."""
+        return list(self.e_local.parameters())
+
+    def fit_input(self, transitions: torch.Tensor) -> None:
+        """Take the mean and standard deviation of every entry of a transition from [..., transition_dim]."""
+        flat = transitions.flatten(0, -2)
+        self.mean.copy_(flat.mean(0))
+        self.std.copy_(flat.std(0).clamp(min=1e-2))
+
+    def embed(self, context: torch.Tensor) -> torch.Tensor:
+        """context [Q, n, B, transition_dim] -> x^i, what each agent's transitions say together, [Q, n, encoder_dim]."""
+        return self.e_agg(self.e_tran((context - self.mean) / self.std))[0]
+
+    def global_posterior(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [Q, n, encoder_dim] -> mean and standard deviation of q(z | c), [Q, d]."""
+        return to_gaussian(self.global_head(self.e_global(x)[0]))
+
+    def local_posterior(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [Q, n, encoder_dim] -> mean and standard deviation of q^i(z^i | c^i), [n, Q, d]; no gradient to x."""
+        return to_gaussian(self.e_local(x.detach().transpose(0, 1)))
+
+    def priorities(self, transitions: torch.Tensor, chunk: int = 512) -> torch.Tensor:
+        """omega_t^i (eq. 32): how much each agent's transition tells, [n, S, transition_dim] -> [n, S], sum 1.
+
+        Attention blocks see at most `chunk` transitions at a time; the softmax is over all.
+        """
+        x = self.e_tran((transitions - self.mean) / self.std)  # [n, S, encoder_dim]
+        return torch.cat([self.e_agg(part)[1] for part in x.split(chunk, dim=1)], -1).softmax(-1)
+
+
+def to_gaussian(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    mean, spread = raw.chunk(2, -1)
+    return mean, F.softplus(spread - 2) + 1e-6  # starts at 0.13: noise of 1 would hide what little is known
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def similarity_scores(query: torch.Tensor, keys: torch.Tensor, kind: str, temperature: float) -> torch.Tensor:
+    """g, the log of h(c; z) up to a constant: query [..., Q, d], keys [..., S, N, d] -> [..., Q, S, N]."""
+    if kind == "cosine":
+        query, keys = F.normalize(query, dim=-1), F.normalize(keys, dim=-1)
+    return torch.einsum("...qd,...snd->...qsn", query, keys) / temperature
+
+
+def info_nce(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """I_NCE of Theorem 1, a lower bound of mutual information if h is the density ratio: [..., Q, S, N], [Q] -> [...]."""
+    own = torch.arange(scores.shape[-1], device=label.device) == label[:, None, None]  # [Q, 1, N]
+    positive = scores.masked_fill(~own, 0).sum(-1)  # [..., Q, S]
+    return (positive - scores.logsumexp(-1)).mean((-2, -1)) + math.log(scores.shape[-1])
+
+
+def leave_one_out(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """I_L1O of eq. 20, an upper bound of mutual information if h is the density ratio: [..., Q, S, N], [Q] -> [...]."""
+    own = torch.arange(scores.shape[-1], device=label.device) == label[:, None, None]  # [Q, 1, N]
+    positive = scores.masked_fill(~own, 0).sum(-1)  # [..., Q, S]
+    negative = scores.masked_fill(own, -torch.inf).logsumexp(-1)
+    return (positive - negative).mean((-2, -1)) + math.log(scores.shape[-1])
+
+
+def cl_accuracy(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
+    """How often the key of the query's own task has the highest score (Fig. 7d): [..., Q, S, N], [Q] -> [...]."""
+    return (scores.argmax(-1) == label[:, None]).float().mean((-2, -1))
+
+
+def kl_to_prior(mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """D_KL(N(mean, std^2) || N(0, I)), the mean over dimensions and batch."""
+    return (0.5 * (mean.square() + std.square() - 1) - std.log()).mean()
+
+
+def kl_between(mean: torch.Tensor, std: torch.Tensor, mean_to: torch.Tensor, std_to: torch.Tensor) -> torch.Tensor:
+    """D_KL(N(mean, std^2) || N(mean_to, std_to^2)), the mean over dimensions and batch."""
+    return (std_to.log() - std.log() + (std.square() + (mean - mean_to).square()) / (2 * std_to.square()) - 0.5).mean()
+
+
+def global_loss(scores, label, mean, std, kl_coef) -> torch.Tensor:
+    """L_G (eq. 16): contrast between tasks, and the KL to the prior that keeps z short."""
+    return -info_nce(scores, label) + kl_coef * kl_to_prior(mean, std)
+
+
+def local_loss(form, scores_global, scores_local, label, posterior_global, posterior_local, kl_coef) -> torch.Tensor:
+    """L_L, averaged over agents; it reaches phi_l alone. Scores [Q, S, N] of z and [n, Q, S, N] of z^i.
+
+    infonce: -I_NCE(z^i; c), z^i must tell the task by itself
+    cmi: eq. 24, I_L1O(z; c) - I_NCE(z, z^i; c); h of a concatenation is the product of its parts' h. I_L1O depends on z
+        alone, so it has no gradient here and is only logged
+    kl: the consistency loss of section V-F, D_KL(q^i(z^i | c^i) || q(z | c))
+    """
+    mean, std = (p.detach() for p in posterior_global)  # [Q, d]
+    if form == "kl":
+        return kl_between(*posterior_local, mean, std)
+    if form == "infonce":
+        return -info_nce(scores_local, label).mean() + kl_coef * kl_to_prior(*posterior_local)
+    joint = scores_global.detach() + scores_local  # [n, Q, S, N]
+    kl = 0.5 * (kl_to_prior(mean, std) + kl_to_prior(*posterior_local))  # of the concatenation, mean over 2d dimensions
+    return -info_nce(joint, label).mean() + kl_coef * kl
+
+
+def policy_loss(log_prob, old_log_prob, advantage, entropy, clip_coef, ent_coef) -> torch.Tensor:
+    """L_pi (eq. 25) with PPO's clipping: all arguments [n, batch]; mean over the batch, sum over agents."""
+    ratio = (log_prob - old_log_prob).exp()  # mu_t^i
+    surrogate = torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage)
+    return -(surrogate + ent_coef * entropy).mean(1).sum()
+
+
+def value_loss(value, old_value, target, clip_coef, huber_delta) -> torch.Tensor:
+    """L_Q (eq. 17) as MAPPO takes it: Huber, and the worse of the new value and the clipped one. All [T, E, n]."""
+    clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
+    loss = F.huber_loss(value, target, reduction="none", delta=huber_delta)
+    return torch.max(loss, F.huber_loss(clipped, target, reduction="none", delta=huber_delta)).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experience
+
+
+class ContextBuffer:
+    """C_k of Algorithm 1: for each training task the latest episodes, all gathered with the prior.
+
+    data [N, K, T, n, transition_dim]: K episodes of T steps and n agents for each of N tasks, growing to `capacity`.
+    A context is B steps drawn from a few episodes, as at meta-test. Drawn from all of them it would be easier to
+    compare, but the encoder would learn to know the episodes (by where the obstacles are) instead of the tasks.
+    """
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.data = None
+
+    def add(self, episodes: torch.Tensor) -> None:
+        """episodes [N, k, T, n, transition_dim]; the oldest go when the buffer is full."""
+        old = [] if self.data is None else [self.data]
+        self.data = torch.cat([*old, episodes], 1)[:, -self.capacity :].contiguous()
+
+    def sample(self, task: torch.Tensor, context_size: int, num_episodes: int) -> torch.Tensor:
+        """For task indices [Q]: contexts [Q, n, B, transition_dim], B steps each, the same for all agents."""
+        device, shape = self.data.device, (len(task), context_size)
+        of_context = torch.randint(self.data.shape[1], (len(task), num_episodes), device=device)
+        episode = of_context.gather(1, torch.randint(num_episodes, shape, device=device))  # [Q, B]
+        step = torch.randint(self.data.shape[2], shape, device=device)
+        return self.data[task[:, None], episode, step].transpose(1, 2)
+
+
+def seed_everything(seed: int, iteration: int, purpose: str) -> int:
+    """Every rollout, update and evaluation starts from a seed of its own.
+
+    So a checkpoint needs no state of generators or environments, and evaluating more often does not change training.
+    Seeds PyTorch and returns a seed for the environment.
+    """
+    purposes = ["initialise", "context", "rollout", "update", "meta-test", "curve", "video"]
+    torch_seed, env_seed = np.random.SeedSequence([seed, iteration, purposes.index(purpose)]).generate_state(2)
+    torch.manual_seed(int(torch_seed))
+    return int(env_seed)
+
+
+def draw_z(mean: torch.Tensor, std: torch.Tensor, num_steps: int) -> torch.Tensor:
+    """z_t^i for every step, from one of C posteriors [C, n, E, d] each and with noise of its own: [n, num_steps, E, d]."""
+    contexts, n, num_envs, _ = mean.shape
+    pick = torch.randint(contexts, (n, num_steps, num_envs), device=mean.device)
+    agent = torch.arange(n, device=mean.device)[:, None, None]
+    env = torch.arange(num_envs, device=mean.device)
+    mean, std = mean[pick, agent, env], std[pick, agent, env]  # [n, num_steps, E, d]
+    return mean + std * torch.randn_like(mean)
+
+
+@torch.no_grad()
+def rollout(env, actor, task, z, seed, greedy=False, frames=None) -> SimpleNamespace:
+    """T steps of every copy of `env` from a seeded reset, agent i of copy e acting on z[i, t, e] (z [n, T, E, d]).
+
+    A copy that ends starts again on the same task. `frames`, a list, gets a picture of copy 0 at every step.
+    Returns tensors: obs, next_obs [n, T, E, obs_dim], action [n, T, E(, act_dim)], log_prob [n, T, E], reward [T, E, n],
+    state, next_state [T, E, state_dim], terminated, ended [T, E], transition [T, E, n, transition_dim]. next_obs and
+    next_state are what an action led to, also where the copy then started again.
+    """
+    steps = {key: [] for key in ("obs", "action", "log_prob", "reward", "next_obs")}
+    steps |= {key: [] for key in ("state", "next_state", "terminated", "ended")}
+    obs, _ = env.reset(seed=seed, options={"task": task})
+    for t in range(z.shape[1]):
+        if frames is not None:
+            frames.append(env.render())
+        state = env.state()
+        obs_in = torch.from_numpy(obs).to(z.device).transpose(0, 1)  # [n, E, obs_dim]
+        policy = actor(obs_in, z[:, t])
+        action = policy.mode if greedy else policy.sample()  # [n, E] or [n, E, act_dim]
+        obs, reward, terminated, truncated, info = env.step(action.transpose(0, 1).cpu().numpy())
+        next_obs, next_state, ended = obs, env.state(), terminated | truncated
+        if ended.any():
+            next_obs = np.where(ended[:, None, None], info["final_obs"], obs)
+            next_state = np.where(ended[:, None], info["final_state"], next_state)
+        new = (obs_in, action, policy.log_prob(action), reward, next_obs.swapaxes(0, 1), state, next_state)
+        for key, value in zip(
+            ("obs", "action", "log_prob", "reward", "next_obs", "state", "next_state"), new, strict=True
+        ):
+            steps[key].append(torch.as_tensor(value))
+        steps["terminated"].append(torch.from_numpy(terminated))
+        steps["ended"].append(torch.from_numpy(ended))
+    agents_first = ("obs", "action", "log_prob", "next_obs")
+    out = {k: torch.stack(v, dim=1 if k in agents_first else 0).to(z.device) for k, v in steps.items()}
+    action = F.one_hot(out["action"], actor.action_dim).float() if actor.discrete else out["action"]
+    own = torch.cat([out["obs"], action, out["reward"].permute(2, 0, 1)[..., None], out["next_obs"]], -1)
+    return SimpleNamespace(**out, transition=own.permute(1, 2, 0, 3))  # c_t^i = (o, a, r, o')
+
+
+def first_episode(ended: torch.Tensor) -> torch.Tensor:
+    """[T, E] -> which steps belong to each copy's first episode, its last step included."""
+    return (ended.cumsum(0) - ended.int()) == 0
+
+
+def episodic_return(data: SimpleNamespace) -> torch.Tensor:
+    """Sum of rewards over each copy's first episode, mean over agents: [E]."""
+    return (data.reward.mean(-1) * first_episode(data.ended)).sum(0)
+
+
+def gae(reward, value, next_value, terminated, ended, gamma, gae_lambda) -> torch.Tensor:
+    """Generalised advantage estimate: reward, value, next_value [T, E, n], terminated, ended [T, E] -> [T, E, n].
+
+    next_value[t] is the value of what step t led to. Nothing follows a terminated episode; one that was cut off
+    (ended, not terminated) goes on in next_value. The sum never crosses into the next episode.
+    """
+    delta = reward + gamma * next_value * ~terminated[..., None] - value
+    advantage, last = torch.zeros_like(reward), torch.zeros_like(reward[0])
+    for t in reversed(range(len(reward))):
+        last = delta[t] + gamma * gae_lambda * ~ended[t, :, None] * last
+        advantage[t] = last
+    return advantage
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Updates
+
+
+def clip_gradient_per_agent(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Clip each agent's slice of stacked parameters [nets, ...] by its own norm; returns the norms [nets]."""
+    norm = torch.stack([p.grad.flatten(1).norm(dim=1) for p in parameters]).norm(dim=0)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    for p in parameters:
+        p.grad.mul_(scale.view(-1, *[1] * (p.dim() - 1)))
+    return norm
+
+
+def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, value_norm, buffer, optimizers) -> dict:
+    """15 epochs of PPO on one rollout (Algorithm 1, lines 16 to 18).
+
+    z_local [n, T, E, d] is what the actors acted on; z_global [T + 1, E, d] is for the values of old, one step more than
+    the rollout has; task [E] is each copy's index among the training tasks. Returns metrics, 0-d tensors.
+    """
+    with torch.no_grad():
+        value = critic(data.state, z_global[:-1])  # [T, E, n]
+        next_value = critic(data.next_state, z_global[1:])
+        mean, std = value_norm.mean_std()
+        advantage = gae(
+            data.reward,
+            value * std + mean,
+            next_value * std + mean,
+            data.terminated,
+            data.ended,
+            args.gamma,
+            args.gae_lambda,
+        )
+        returns = advantage + value * std + mean
+        value_norm.update(returns)
+        mean, std = value_norm.mean_std()
+        target = (returns - mean) / std
+        advantage = advantage.permute(2, 0, 1).flatten(1)  # [n, T * E]
+        advantage = (advantage - advantage.mean(1, keepdim=True)) / (advantage.std(1, keepdim=True) + 1e-8)
+        obs, z_local = data.obs.flatten(1, 2), z_local.flatten(1, 2)  # [n, T * E, ...]
+        action, old_log_prob = data.action.flatten(1, 2), data.log_prob.flatten(1, 2)
+
+    for epoch in range(args.update_epochs):
+        # line 17: the critic and, through z, the global part of the encoder
+        context = buffer.sample(task, args.context_size, args.context_episodes)  # [E, n, B, transition_dim], fresh in every epoch
+        z_mean, z_std = encoder.global_posterior(encoder.embed(context))  # [E, d]
+        z = z_mean + z_std * torch.randn_like(z_global[:-1])  # [T, E, d], new noise at every step
+        loss_q = value_loss(critic(data.state, z), value, target, args.clip_coef, args.huber_delta)
+        optimizers["critic"].zero_grad()
+        optimizers["phi_g"].zero_grad()
+        loss_q.backward()
+        critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+        nn.utils.clip_grad_norm_(encoder.phi_g(), args.max_grad_norm)
+        optimizers["critic"].step()
+        optimizers["phi_g"].step()
+
+        # line 18: the actors, on the z^i they acted on
+        policy = actor(obs, z_local)
+        log_prob, entropy = policy.log_prob(action), policy.entropy()  # [n, T * E]
+        loss_pi = policy_loss(log_prob, old_log_prob, advantage, entropy, args.clip_coef, args.ent_coef)
+        optimizers["actor"].zero_grad()
+        loss_pi.backward()
+        actor_norm = clip_gradient_per_agent(list(actor.parameters()), args.max_grad_norm)
+        optimizers["actor"].step()
+        if epoch == 0:
+            ratio_error = (log_prob.detach() - old_log_prob).exp().sub(1).abs().max()
+
+    log_ratio = log_prob.detach() - old_log_prob
+    return {
+        "losses/policy_loss": loss_pi,
+        "losses/value_loss": loss_q,
+        "losses/entropy": entropy.mean(),
+        "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),
+        "losses/clipfrac": ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),
+        "losses/first_epoch_ratio_error": ratio_error,
+        "losses/explained_variance": 1 - (returns - value * std - mean).var() / returns.var(),
+        "losses/actor_grad_norm": actor_norm.max(),
+        "losses/critic_grad_norm": critic_norm,
+    }
+
+
+def update_encoder(args, encoder, buffer, num_tasks, optimizers) -> dict:
+    """One step on L_G + L_L (Algorithm 1, lines 17 and 19). Returns metrics, tensors."""
+    sets, device = args.context_sets, buffer.data.device
+    label = torch.arange(num_tasks, device=device).repeat(sets)  # [Q], Q = sets * N: sets of one context per task
+    own_set = torch.arange(sets, device=device).repeat_interleave(num_tasks)  # [Q]
+    other = own_set[:, None] != own_set.unique()  # [Q, sets]: each context is compared with every set but its own
+    x = encoder.embed(buffer.sample(label, args.context_size, args.context_episodes))
+    scores, posteriors = [], []
+    for mean, std in (encoder.global_posterior(x), encoder.local_posterior(x)):  # [Q, d], [n, Q, d]
+        z = mean + std * torch.randn_like(mean)
+        score = similarity_scores(z, z.unflatten(-2, (sets, num_tasks)), args.similarity, args.temperature)
+        scores.append(score[..., other, :].unflatten(-2, (len(label), sets - 1)))  # [(n,) Q, sets - 1, N]
+        posteriors.append((mean, std))
+    loss_g = global_loss(scores[0], label, *posteriors[0], args.kl_coef)
+    loss_l = local_loss(args.local_loss, *scores, label, *posteriors, args.kl_coef)
+    optimizers["phi_g"].zero_grad()
+    optimizers["phi_l"].zero_grad()
+    (loss_g + loss_l).backward()  # the two meet in no parameter
+    norm_g = nn.utils.clip_grad_norm_(encoder.phi_g(), args.max_grad_norm)
+    norm_l = nn.utils.clip_grad_norm_(encoder.phi_l(), args.max_grad_norm)
+    optimizers["phi_g"].step()
+    optimizers["phi_l"].step()
+    with torch.no_grad():
+        return {
+            "losses/global_loss": loss_g,
+            "losses/local_loss": loss_l,
+            "losses/global_grad_norm": norm_g,
+            "losses/local_grad_norm": norm_l,
+            "losses/global_kl": kl_to_prior(*posteriors[0]),
+            "losses/local_kl": kl_to_prior(*posteriors[1]),
+            "losses/consistency_kl": kl_between(*posteriors[1], *posteriors[0]),
+            "losses/info_nce_global": info_nce(scores[0], label),
+            "losses/info_nce_local": info_nce(scores[1], label).mean(),
+            "losses/info_nce_joint": info_nce(scores[0] + scores[1], label).mean(),
+            "losses/leave_one_out_global": leave_one_out(scores[0], label),
+            "charts/cl_accuracy_global": cl_accuracy(scores[0], label),
+            "charts/cl_accuracy_local": cl_accuracy(scores[1], label),  # [n]
+        }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Meta-test (Algorithm 2)
+
+
+@torch.no_grad()
+def infer(encoder, memory, context_size, num_contexts, latent_dim) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each agent's posterior from its own transitions alone (Algorithm 2, lines 6 and 10).
+
+    memory: for each of E copies what its agents went through, [S, n, transition_dim]; S may differ, and be 0
+    Returns mean and standard deviation of `num_contexts` posteriors, [C, n, E, d]; the prior where nothing is stored.
+    """
+    means, stds = [], []
+    for transitions in memory:
+        steps, n, _ = transitions.shape
+        own = transitions.transpose(0, 1)  # [n, S, transition_dim]
+        if steps == 0:
+            mean, std = torch.zeros(2, n, num_contexts, latent_dim, device=own.device)
+            std = std + 1
+        else:
+            omega = encoder.priorities(own).clamp(min=1e-12)  # [n, S]
+            size = min(context_size, steps)
+            pick = torch.multinomial(omega.repeat_interleave(num_contexts, 0), size)  # [n * C, B], none twice
+            pick = pick.view(n, num_contexts * size, 1).expand(-1, -1, own.shape[-1])
+            context = own.gather(1, pick).unflatten(1, (num_contexts, size))  # [n, C, B, transition_dim]
+            mean, std = encoder.local_posterior(encoder.embed(context.transpose(0, 1)))  # [n, C, d]
+        means.append(mean.transpose(0, 1))
+        stds.append(std.transpose(0, 1))
+    return torch.stack(means, 2), torch.stack(stds, 2)
+
+
+def inference_accuracy(mean, std, task, kind, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+    """How well each copy's z^i tells its task: mean, std [C, n, E, d], task [E] -> two tensors [E], means over agents.
+
+    The first is the CL accuracy of samples, against one key per task from another copy's exploration of it; the second
+    that of the nearest centroid, centroids being mean representations of the other copies of each task. NaN where no
+    other copy explored the same task.
+    """
+    known, label = task.unique(return_inverse=True)  # [N], [E]
+    itself = torch.eye(len(task), dtype=torch.bool, device=task.device)
+    other = (task == known[:, None]) & ~itself[:, None]  # [E, N, E]: on this task, and not the copy that is asked about
+    comparable = other.any(-1).all(-1)  # [E]
+    z = mean + std * torch.randn_like(mean)  # [C, n, E, d]
+    key_copy = other.int().argmax(-1)  # [E, N], the first other copy on each task
+    keys = z[0][:, key_copy]  # [n, E, N, d]
+    if kind == "cosine":
+        z, keys = F.normalize(z, dim=-1), F.normalize(keys, dim=-1)
+    chosen = torch.einsum("cned,nekd->cnek", z, keys).argmax(-1)  # [C, n, E]
+    accuracy = (chosen == label).float().mean((0, 1))
+    representation = mean.mean(0)  # [n, E, d]
+    weight = other.float() / other.float().sum(-1, keepdim=True).clamp(min=1)  # [E, N, E]
+    centroid = torch.einsum("ekf,nfd->nekd", weight, representation)  # [n, E, N, d]
+    nearest = (representation[:, :, None] - centroid).norm(dim=-1).argmin(-1)  # [n, E]
+    probe = (nearest == label).float().mean(0)
+    nothing = torch.full_like(probe, torch.nan)
+    return torch.where(comparable, accuracy, nothing), torch.where(comparable, probe, nothing)
+
+
+def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) -> list[dict]:
+    """Algorithm 2 on every copy of `env`: explore with the prior, infer the task, act on the posterior.
+
+    Returns one row per copy and episode for meta_test.csv. With `curve` also Fig. 7: one more posterior episode after
+    each of the first 0, 10, 20, 50, ... transitions.
+    """
+    env_seed = seed_everything(args.seed, iteration, "meta-test")
+    num_steps, n, num_envs = env.max_episode_steps, env.num_agents, env.num_envs
+    task = np.resize(env.tasks.test, num_envs)  # spread evenly
+    task_on_device = torch.from_numpy(task).to(device)
+    memory = [torch.zeros(0, n, len(encoder.mean), device=device) for _ in range(num_envs)]  # each [S, n, dim]
+    rows = []
+
+    def record(phase, episode, context_steps, data, posterior=None):
+        accuracy = probe = torch.full((num_envs,), torch.nan)
+        if posterior is not None:
+            accuracy, probe = inference_accuracy(*posterior, task_on_device, args.similarity, args.temperature)
+        table = torch.stack([episodic_return(data).cpu(), accuracy.cpu(), probe.cpu()], 1).tolist()
+        for run, (episodic, *accuracies) in enumerate(table):
+            accuracy, probe = ("" if math.isnan(a) else a for a in accuracies)
+            rows.append(dict(run=run, task=int(task[run]), episode=episode, phase=phase, context_steps=context_steps))
+            rows[-1] |= {"return": episodic, "accuracy": accuracy, "probe": probe}
+
+    for episode in range(args.explore_episodes):  # lines 1 to 7
+        z = torch.randn(n, num_steps, num_envs, args.latent_dim, device=device)  # line 3
+        data = rollout(env, actor, task, z, env_seed + episode)
+        kept = first_episode(data.ended)  # [T, E]
+        memory = [torch.cat([old, data.transition[kept[:, e], e]]) for e, old in enumerate(memory)]
+        record("prior", episode, 0, data)
+    posterior = infer(encoder, memory, args.context_size, args.rollout_contexts, args.latent_dim)  # lines 6 and 10
+    for episode in range(args.explore_episodes, args.test_episodes):  # lines 8 to 13
+        z = draw_z(*posterior, num_steps)
+        data = rollout(env, actor, task, z, env_seed + episode, greedy=not args.eval_sample)
+        record("posterior", episode, args.explore_episodes * num_steps, data, posterior)
+    if curve:
+        env_seed = seed_everything(args.seed, iteration, "curve")
+        longest = args.explore_episodes * num_steps
+        for steps in [0, *(m * 10**k for k in range(1, 6) for m in (1, 2, 5) if m * 10**k <= longest)]:
+            begun = [transitions[:steps] for transitions in memory]
+            posterior = infer(encoder, begun, args.context_size, args.rollout_contexts, args.latent_dim)
+            data = rollout(env, actor, task, draw_z(*posterior, num_steps), env_seed, greedy=not args.eval_sample)
+            record("curve", args.test_episodes, steps, data, posterior)
+    return rows
+
+
+def summarise(rows: list[dict]) -> dict:
+    """Means over runs and episodes, for TensorBoard: return of both phases, and accuracies."""
+
+    def mean(key, phase):
+        values = [row[key] for row in rows if row["phase"] == phase and row[key] != ""]
+        return sum(values) / len(values) if values else math.nan
+
+    out = {"return": mean("return", "posterior"), "return_prior": mean("return", "prior")}
+    out |= {"cl_accuracy_local": mean("accuracy", "posterior"), "probe_accuracy_local": mean("probe", "posterior")}
+    return {f"meta_test/{key}": value for key, value in out.items() if not math.isnan(value)}
+
+
+def write_videos(args, actor, encoder, folder: Path, iteration: int, device) -> None:
+    """For each test task a GIF: an exploration episode on the left, on the right one with what it taught."""
+    from PIL import Image, ImageDraw
+
+    folder.mkdir(exist_ok=True)
+    env = make_env(args, 1)
+    for task in env.tasks.test:
+        env_seed = seed_everything(args.seed, iteration, "video") + int(task)
+        frames = {"prior (exploration)": [], "posterior (after inference)": []}
+        prior_frames, posterior_frames = frames.values()
+        z = torch.randn(env.num_agents, env.max_episode_steps, 1, args.latent_dim, device=device)
+        data = rollout(env, actor, np.array([task]), z, env_seed, frames=prior_frames)
+        posterior = infer(encoder, [data.transition[:, 0]], args.context_size, args.rollout_contexts, args.latent_dim)
+        z = draw_z(*posterior, env.max_episode_steps)
+        rollout(env, actor, np.array([task]), z, env_seed, greedy=True, frames=posterior_frames)
+        pictures = []
+        for pair in list(zip(*frames.values(), strict=True))[::2]:  # every second step
+            picture = Image.fromarray(np.concatenate([np.pad(p, ((24, 0), (4, 4), (0, 0))) for p in pair], axis=1))
+            for k, title in enumerate(frames):
+                ImageDraw.Draw(picture).text((k * picture.width // 2 + 8, 6), title, fill="white")
+            pictures.append(picture)
+        name = folder / f"task_{task}.gif"
+        pictures[0].save(name, save_all=True, append_images=pictures[1:], duration=100, loop=0)
+        print(f"video: {name} ({env.tasks.describe(task)})")
+    env.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs: arguments, run folder, checkpoint. Nothing of the algorithm.
+
+
+def fail(message: str) -> None:
+    """Say in one line what is wrong and stop, before anything was written."""
+    print(f"{SCRIPT}.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def make_env(args: Args, num_envs: int) -> envs.MetaVectorEnv:
+    settings = {}
+    for setting in args.env_kwargs:
+        name, _, value = setting.partition("=")
+        try:
+            settings[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            raise ValueError(f"env-kwargs: got {setting!r}, expected NAME=NUMBER") from None
+    return envs.make(args.env_id, num_envs, 0, **settings)
+
+
+def iteration_steps(args: Args, env, num_tasks: int, iterations: int) -> int:
+    """Steps that this many iterations take, context collection included."""
+    collections = -(-iterations // args.context_interval)
+    return env.max_episode_steps * (iterations * args.num_envs + collections * num_tasks * args.context_copies)
+
+
+def buffer_capacity(args: Args, env) -> int:
+    """Episodes per training task that a context buffer of `buffer_size` transitions of single agents holds."""
+    return args.buffer_size // (len(env.tasks.train) * env.num_agents * env.max_episode_steps)
+
+
+def check_args(args: Args) -> None:
+    """Fill in what depends on the environment. Raises ValueError: what came and what was expected."""
+    env = make_env(args, 1)
+    for name, value in ENV_DEFAULTS[args.env_id].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.num_threads == 0:
+        args.num_threads = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    zero_is_fine = {
+        "seed",
+        "kl_coef",
+        "ent_coef",
+        "encoder_blocks",
+        "encoder_updates",
+        "gae_lambda",
+        "explore_episodes",
+    }
+    for field in dataclasses.fields(args):
+        value, name = getattr(args, field.name), field.name.replace("_", "-")
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            least_is_zero = field.name in zero_is_fine
+            if not math.isfinite(value) or value < 0 or (value == 0 and not least_is_zero):
+                raise ValueError(
+                    f"{name}: got {value}, expected a number {'of at least' if least_is_zero else 'above'} 0"
+                )
+    for name in ("gamma", "gae_lambda"):
+        if getattr(args, name) > 1:
+            raise ValueError(f"{name.replace('_', '-')}: got {getattr(args, name)}, expected at most 1")
+    if args.encoder_dim % args.encoder_heads:
+        raise ValueError(
+            f"encoder-heads: got {args.encoder_heads}, expected a divisor of encoder-dim {args.encoder_dim}"
+        )
+    if args.test_episodes <= args.explore_episodes:
+        raise ValueError(
+            f"test-episodes: got {args.test_episodes}, expected more than {args.explore_episodes} to explore"
+        )
+    num_tasks = len(env.tasks.train)
+    holds = buffer_capacity(args, env) * env.max_episode_steps
+    if args.context_size > holds:
+        raise ValueError(f"context-size: got {args.context_size}, expected at most {holds}, what the buffer holds per task")
+    if args.eval_copies < len(env.tasks.test):
+        raise ValueError(
+            f"eval-copies: got {args.eval_copies}, expected at least one per test task, {len(env.tasks.test)}"
+        )
+    if args.total_timesteps < (one := iteration_steps(args, env, num_tasks, 1)):
+        raise ValueError(f"total-timesteps: got {args.total_timesteps}, expected at least one iteration, {one} steps")
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Write beside, sync, rename: a reader finds the old checkpoint or the new one, never a half."""
+    data = io.BytesIO()
+    torch.save(content, data)
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        file.write(data.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(run: str | Path, device="cpu") -> dict:
+    """What `save_checkpoint` wrote in this run folder. Raises ValueError if that cannot be read or is another script's."""
+    path = Path(run) / "checkpoint.pt"
+    if not path.is_file():
+        raise ValueError(f"{path}: got no file there, expected the checkpoint of a run")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: got {type(error).__name__} reading it, expected a whole checkpoint") from None
+    if not isinstance(saved, dict) or saved.get("script") != SCRIPT:
+        found = saved.get("script") if isinstance(saved, dict) else type(saved).__name__
+        raise ValueError(f"{path}: got a file of {found!r}, expected a checkpoint of {SCRIPT}.py")
+    return saved
+
+
+def restore(modules: dict, saved: dict, path) -> None:
+    """Load state dicts. Raises ValueError if a checkpoint does not fit its own arguments."""
+    for name, module in modules.items():
+        try:
+            module.load_state_dict(saved[name])
+        except (KeyError, RuntimeError, ValueError):
+            raise ValueError(f"{path}: got {name} of another shape, expected that of its own arguments") from None
+
+
+def load_agents(run: str | Path) -> SimpleNamespace:
+    """A finished or unfinished run as something to use: its args, env (one copy), actor, critic and encoder.
+
+    `prior(E)` gives z^i [n, E, d] to explore with, `infer(memory)` the posterior from transitions, `act(obs, z)` the
+    actions: obs float32 [E, n, obs_dim] as the environment gives it, actions as it takes them. Raises ValueError if
+    there is no readable checkpoint of this script.
+    """
+    saved = load_checkpoint(run)
+    args = Args(**saved["args"])
+    env = make_env(args, 1)
+    networks = build(args, env, torch.device("cpu"))
+    restore(networks, saved["networks"], run)
+
+    @torch.no_grad()
+    def act(obs, z, greedy=True):
+        policy = networks["actor"](torch.as_tensor(obs).transpose(0, 1), z)
+        return (policy.mode if greedy else policy.sample()).transpose(0, 1).numpy()
+
+    def posterior(memory):
+        mean, std = infer(networks["encoder"], memory, args.context_size, 1, args.latent_dim)
+        return (mean + std * torch.randn_like(mean))[0]
+
+    prior = lambda num_envs: torch.randn(env.num_agents, num_envs, args.latent_dim)  # noqa: E731
+    return SimpleNamespace(args=args, env=env, act=act, prior=prior, infer=posterior, **networks)
+
+
+def parse_args() -> tuple[Args, Path | None, dict | None]:
+    """The arguments, and for --resume and --meta-test the run folder and its checkpoint. Raises ValueError."""
+    given = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    if given.resume and given.meta_test:
+        raise ValueError("resume, meta-test: got both, expected one of them")
+    if not (given.resume or given.meta_test):
+        check_args(given)
+        return given, None, None
+    run = Path(given.resume or given.meta_test)
+    saved = load_checkpoint(run)
+    args = Args(**saved["args"])
+    free = {"resume", "meta_test", "capture_video"}
+    if given.resume:
+        free |= {"total_timesteps", "track", "wandb_project_name", "wandb_entity", "checkpoint_interval"}
+    else:
+        free |= {"explore_episodes", "test_episodes", "eval_copies", "eval_sample", "seed", "num_threads", "cuda"}
+    for field in dataclasses.fields(Args):
+        value = getattr(given, field.name)
+        if value == field.default or value == getattr(args, field.name):
+            continue
+        if field.name not in free:
+            name = field.name.replace("_", "-")
+            raise ValueError(f"{name}: got {value}, expected {getattr(args, field.name)} as {run} was trained with")
+        setattr(args, field.name, value)
+    check_args(args)
+    return args, run, saved
+
+
+def build(args: Args, env: envs.MetaVectorEnv, device: torch.device) -> dict[str, nn.Module]:
+    """The networks of a run, freshly initialised."""
+    n, obs_dim = env.num_agents, env.single_observation_space.shape[0]
+    actor = Actor(n, obs_dim, args.latent_dim, env.single_action_space, args.hidden_dim, args.share_policy)
+    critic = Critic(n, env.state_dim, args.latent_dim, args.hidden_dim)
+    transition_dim = 2 * obs_dim + actor.action_dim + 1  # (o, a, r, o')
+    encoder = TaskEncoder(
+        n, transition_dim, args.encoder_dim, args.latent_dim, args.encoder_blocks, args.encoder_heads, args.share_policy
+    )
+    networks = dict(actor=actor, critic=critic, encoder=encoder, value_norm=ValueNorm())
+    return {name: network.to(device) for name, network in networks.items()}
+
+
+CSV_COLUMNS = ["step", "run", "task", "episode", "phase", "context_steps", "return", "accuracy", "probe"]
+
+
+def append_rows(path: Path, step: int, rows: list[dict]) -> None:
+    """Add the rows of one evaluation to meta_test.csv."""
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, CSV_COLUMNS)
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(dict(step=step, **row) for row in rows)
+
+
+if __name__ == "__main__":
+    try:
+        args, run, saved = parse_args()
+    except ValueError as error:
+        fail(str(error))
+    evaluate_only, args.meta_test, args.resume = args.meta_test, None, None
+    torch.set_num_threads(args.num_threads)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+    train_env = make_env(args, args.num_envs)
+    tasks = train_env.tasks
+    num_tasks = len(tasks.train)
+    context_env = make_env(args, num_tasks * args.context_copies)
+    eval_env = make_env(args, args.eval_copies)
+
+    seed_everything(args.seed, 0, "initialise")
+    networks = build(args, train_env, device)
+    actor, critic, encoder, value_norm = networks.values()
+    parameters = {
+        "actor": list(actor.parameters()),
+        "critic": list(critic.parameters()),
+        "phi_g": encoder.phi_g(),
+        "phi_l": encoder.phi_l(),
+    }
+    learning_rate = dict(actor=args.learning_rate, critic=args.learning_rate)
+    learning_rate |= dict.fromkeys(("phi_g", "phi_l"), args.encoder_learning_rate)
+    optimizers = {
+        name: torch.optim.Adam(params, lr=learning_rate[name], eps=args.adam_eps, fused=True)
+        for name, params in parameters.items()
+    }
+    buffer = ContextBuffer(buffer_capacity(args, train_env))
+    start = 0
+    if saved:
+        try:
+            restore(networks, saved["networks"], run)
+            restore(optimizers, saved["optimizers"], run)
+        except ValueError as error:
+            fail(str(error))
+        buffer.data, start = saved["context"].to(device), saved["iteration"]
+
+    if evaluate_only:
+        rows = meta_test(args, eval_env, actor, encoder, start, device, curve=True)
+        (run / "meta_test_only.csv").unlink(missing_ok=True)
+        step = iteration_steps(args, train_env, num_tasks, start)
+        append_rows(run / "meta_test_only.csv", step, rows)
+        for task in tasks.test:
+            means = summarise([row for row in rows if row["task"] == task])
+            print(f"task {task} ({tasks.describe(task)}): " + ", ".join(f"{k[10:]} {v:.2f}" for k, v in means.items()))
+        if args.capture_video:
+            write_videos(args, actor, encoder, run / "videos", start, device)
+        sys.exit()
+
+    num_iterations = 0
+    while iteration_steps(args, train_env, num_tasks, num_iterations + 1) <= args.total_timesteps:
+        num_iterations += 1
+    global_step = iteration_steps(args, train_env, num_tasks, start)
+    if not saved:
+        run = Path(args.run_dir) / (args.run_name or f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}")
+        try:
+            run.mkdir(parents=True)
+            (run / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        except OSError as error:
+            fail(f"run-dir: got {run} ({error.strerror}), expected a new folder that can be written to")
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=run.name,
+            dir=str(run),
+            config=dataclasses.asdict(args),
+            sync_tensorboard=True,
+        )
+    writer = SummaryWriter(str(run), purge_step=global_step + 1 if saved else None)
+    csv_path = run / "meta_test.csv"
+    if saved:
+        with open(csv_path, "a") as file:
+            file.truncate(saved["csv_bytes"])  # what was written after the checkpoint is done again
+    print(
+        f"{run}: {args.total_timesteps:,} steps (one joint step of one copy each), {args.num_threads} threads, {device}"
+    )
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True)
+    start_time, start_step, seconds = (
+        time.time(),
+        global_step,
+        dict.fromkeys(("rollout", "ppo", "encoder", "eval"), 0.0),
+    )
+
+    def evaluate(iteration: int, step: int, curve: bool) -> None:
+        begun = time.perf_counter()
+        rows = meta_test(args, eval_env, actor, encoder, iteration, device, curve)
+        append_rows(csv_path, step, rows)
+        for name, value in summarise(rows).items():
+            writer.add_scalar(name, value, step)
+        seconds["eval"] += time.perf_counter() - begun
+
+    if not saved:
+        evaluate(0, 0, curve=False)
+    for iteration in range(start, num_iterations):  # Algorithm 1, line 1
+        for name, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = learning_rate[name] * (1 - iteration / num_iterations)
+
+        # lines 2 to 7: collect transitions for context, on the prior
+        begun = time.perf_counter()
+        n, num_steps, d = train_env.num_agents, train_env.max_episode_steps, args.latent_dim
+        if iteration % args.context_interval == 0:
+            env_seed = seed_everything(args.seed, iteration, "context")
+            z = torch.randn(n, num_steps, context_env.num_envs, d, device=device)  # line 4
+            each_task = np.repeat(tasks.train, args.context_copies)
+            data = rollout(context_env, actor, each_task, z, env_seed)  # line 5
+            buffer.add(data.transition.transpose(0, 1).unflatten(0, (num_tasks, -1)))  # line 6
+            encoder.fit_input(buffer.data)
+
+        # lines 8 to 13: collect transitions for RL, on the posterior
+        env_seed = seed_everything(args.seed, iteration, "rollout")
+        task = torch.randint(num_tasks, (args.num_envs,), device=device)  # [E], index among the training tasks
+        with torch.no_grad():  # line 10: C contexts of every task
+            every = torch.arange(num_tasks, device=device).repeat(args.rollout_contexts)  # [C * N]
+            x = encoder.embed(buffer.sample(every, args.context_size, args.context_episodes))
+            by_context = (args.rollout_contexts, num_tasks)
+            local = [p.unflatten(1, by_context).transpose(0, 1)[:, :, task] for p in encoder.local_posterior(x)]
+            z_local = draw_z(*local, num_steps)  # [n, T, E, d]
+            all_agents = [p.unflatten(0, by_context)[:, None, task] for p in encoder.global_posterior(x)]
+            z_global = draw_z(*all_agents, num_steps + 1)[0]  # [T + 1, E, d]
+        data = rollout(train_env, actor, tasks.train[task.cpu().numpy()], z_local, env_seed)  # lines 11 and 12
+        now = time.perf_counter()
+        seconds["rollout"] += now - begun
+        begun = now
+
+        # lines 14 to 20: update the networks
+        seed_everything(args.seed, iteration, "update")
+        metrics = update_mappo(
+            args, data, z_local, z_global, task, actor, critic, encoder, value_norm, buffer, optimizers
+        )
+        now = time.perf_counter()
+        seconds["ppo"] += now - begun
+        begun = now
+        updates = [update_encoder(args, encoder, buffer, num_tasks, optimizers) for _ in range(args.encoder_updates)]
+        for name in updates[0] if updates else ():
+            metrics[name] = torch.stack([update[name] for update in updates]).mean(0)
+        seconds["encoder"] += time.perf_counter() - begun
+
+        # the rest is bookkeeping
+        global_step = iteration_steps(args, train_env, num_tasks, iteration + 1)
+        metrics["charts/episodic_return"] = episodic_return(data).mean()
+        for name in [name for name, value in metrics.items() if value.dim()]:  # one value per agent
+            metrics[f"{name}_worst"], metrics[name] = metrics[name].min(), metrics[name].mean()
+        values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
+        metrics = dict(zip(metrics, values, strict=True))
+        if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            progress.close()
+            sys.exit(f"{', '.join(broken)} not finite at step {global_step}; last checkpoint: {run / 'checkpoint.pt'}")
+        metrics["charts/learning_rate"] = optimizers["actor"].param_groups[0]["lr"]
+        metrics["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, global_step)
+        for name, value in seconds.items():
+            writer.add_scalar(f"time/{name}", value, global_step)
+        progress.set_postfix({"return": f"{metrics['charts/episodic_return']:.1f}"}, refresh=False)
+        progress.update(global_step - progress.n)
+
+        last = iteration + 1 == num_iterations
+        previous = iteration_steps(args, train_env, num_tasks, iteration)
+        if last or global_step // args.eval_interval > previous // args.eval_interval:
+            evaluate(iteration + 1, global_step, curve=last)
+        if last or (iteration + 1) % args.checkpoint_interval == 0:
+            content = dict(script=SCRIPT, args=dataclasses.asdict(args), iteration=iteration + 1)
+            content |= dict(csv_bytes=csv_path.stat().st_size, context=buffer.data)
+            content["networks"] = {name: network.state_dict() for name, network in networks.items()}
+            content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+            save_checkpoint(run / "checkpoint.pt", content)
+
+    progress.close()
+    if args.capture_video:
+        write_videos(args, actor, encoder, run / "videos", num_iterations, device)
+    writer.close()
+    with open(csv_path) as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) == global_step]
+    for row in rows:
+        row |= {key: float(row[key]) for key in ("return", "accuracy", "probe") if row[key]}
+    print(f"{time.time() - start_time:.0f} s, " + ", ".join(f"{k[10:]} {v:.2f}" for k, v in summarise(rows).items()))
