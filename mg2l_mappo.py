@@ -119,6 +119,8 @@ class Args:
     """attention blocks before each permutation-invariant head (Table I: 2)"""
     encoder_heads: int = 4
     """heads of each attention block"""
+    encoder_dropout: float = 0.1
+    """share of the entries of transitions that are hidden while the encoder learns, so that it can't learn by heart"""
     kl_coef: float = 0.01
     """alpha, the weight of the KL to the prior, mean over dimensions (Table II: 0.1)"""
     local_loss: Literal["infonce", "cmi", "kl"] = "infonce"
@@ -133,10 +135,14 @@ class Args:
     """transitions of single agents that the context buffers of all tasks hold together (default: Table III)"""
     context_episodes: int = 2
     """episodes that one context is drawn from"""
-    context_copies: int = 10
+    context_copies: int = 2
     """episodes gathered per training task in each collection of context"""
-    context_interval: int = 5
-    """iterations between two collections of context (Algorithm 1: 1)"""
+    warmup_episodes: int = 100
+    """episodes gathered per training task in the first collection, before anything is learnt"""
+    warmup_updates: int = 500
+    """steps on L_G + L_L right after it, so that the policies have a representation to begin with"""
+    context_interval: int = 1
+    """iterations between two collections of context"""
     encoder_updates: int = 20
     """steps on L_G + L_L in an iteration"""
     context_sets: int = 12
@@ -215,10 +221,14 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """V(s, z), one output per agent: [..., state_dim], [..., d] -> [..., n], in units of the value normaliser."""
+    """V(s, z), one output per agent: [..., state_dim], [..., d] -> [..., n], in units of the value normaliser.
 
-    def __init__(self, num_agents: int, state_dim: int, latent_dim: int, hidden_dim: int):
+    It reads z times `z_scale`: less than 1 makes the gradient of L_Q to the encoder small beside that of L_G.
+    """
+
+    def __init__(self, num_agents: int, state_dim: int, latent_dim: int, hidden_dim: int, z_scale: float):
         super().__init__()
+        self.z_scale = z_scale
         self.layers = nn.ModuleList(
             [
                 nn.Linear(state_dim + latent_dim, hidden_dim),
@@ -231,7 +241,7 @@ class Critic(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, state: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([state, z], -1)
+        x = torch.cat([state, self.z_scale * z], -1)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
             x = F.layer_norm(x, x.shape[-1:])
@@ -286,11 +296,12 @@ class PIA(nn.Module):
 class TaskEncoder(nn.Module):
     """From transitions to the posteriors q(z | c) and q^i(z^i | c^i) (eq. 7)."""
 
-    def __init__(self, num_agents, transition_dim, encoder_dim, latent_dim, blocks, heads, shared):
+    def __init__(self, num_agents, transition_dim, encoder_dim, latent_dim, blocks, heads, dropout, shared):
         super().__init__()
         # without a standard scale of its input the encoder does not learn
         self.register_buffer("mean", torch.zeros(transition_dim))
         self.register_buffer("std", torch.ones(transition_dim))
+        self.dropout = dropout
         self.e_tran = nn.Sequential(
             nn.Linear(transition_dim, encoder_dim), nn.ReLU(), nn.Linear(encoder_dim, encoder_dim)
         )
@@ -314,9 +325,10 @@ class TaskEncoder(nn.Module):
         self.mean.copy_(flat.mean(0))
         self.std.copy_(flat.std(0).clamp(min=1e-2))
 
-    def embed(self, context: torch.Tensor) -> torch.Tensor:
+    def embed(self, context: torch.Tensor, training: bool = False) -> torch.Tensor:
         """context [Q, n, B, transition_dim] -> x^i, what each agent's transitions say together, [Q, n, encoder_dim]."""
-        return self.e_agg(self.e_tran((context - self.mean) / self.std))[0]
+        standard = F.dropout((context - self.mean) / self.std, self.dropout, training)
+        return self.e_agg(self.e_tran(standard))[0]
 
     def global_posterior(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [Q, n, encoder_dim] -> mean and standard deviation of q(z | c), [Q, d]."""
@@ -352,14 +364,14 @@ def similarity_scores(query: torch.Tensor, keys: torch.Tensor, kind: str, temper
 
 
 def info_nce(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """I_NCE of Theorem 1, a lower bound of mutual information if h is the density ratio: [..., Q, S, N], [Q] -> [...]."""
+    """I_NCE of Theorem 1, a lower bound of information if h is the density ratio: [..., Q, S, N], [Q] -> [...]."""
     own = torch.arange(scores.shape[-1], device=label.device) == label[:, None, None]  # [Q, 1, N]
     positive = scores.masked_fill(~own, 0).sum(-1)  # [..., Q, S]
     return (positive - scores.logsumexp(-1)).mean((-2, -1)) + math.log(scores.shape[-1])
 
 
 def leave_one_out(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
-    """I_L1O of eq. 20, an upper bound of mutual information if h is the density ratio: [..., Q, S, N], [Q] -> [...]."""
+    """I_L1O of eq. 20, an upper bound of information if h is the density ratio: [..., Q, S, N], [Q] -> [...]."""
     own = torch.arange(scores.shape[-1], device=label.device) == label[:, None, None]  # [Q, 1, N]
     positive = scores.masked_fill(~own, 0).sum(-1)  # [..., Q, S]
     negative = scores.masked_fill(own, -torch.inf).logsumexp(-1)
@@ -461,7 +473,7 @@ def seed_everything(seed: int, iteration: int, purpose: str) -> int:
 
 
 def draw_z(mean: torch.Tensor, std: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """z_t^i for every step, from one of C posteriors [C, n, E, d] each and with noise of its own: [n, num_steps, E, d]."""
+    """z_t^i for every step, from one of C posteriors [C, n, E, d] each, with its own noise: [n, num_steps, E, d]."""
     contexts, n, num_envs, _ = mean.shape
     pick = torch.randint(contexts, (n, num_steps, num_envs), device=mean.device)
     agent = torch.arange(n, device=mean.device)[:, None, None]
@@ -475,9 +487,9 @@ def rollout(env, actor, task, z, seed, greedy=False, frames=None) -> SimpleNames
     """T steps of every copy of `env` from a seeded reset, agent i of copy e acting on z[i, t, e] (z [n, T, E, d]).
 
     A copy that ends starts again on the same task. `frames`, a list, gets a picture of copy 0 at every step.
-    Returns tensors: obs, next_obs [n, T, E, obs_dim], action [n, T, E(, act_dim)], log_prob [n, T, E], reward [T, E, n],
-    state, next_state [T, E, state_dim], terminated, ended [T, E], transition [T, E, n, transition_dim]. next_obs and
-    next_state are what an action led to, also where the copy then started again.
+    Returns tensors: obs, next_obs [n, T, E, obs_dim], action [n, T, E(, act_dim)], log_prob [n, T, E], reward
+    [T, E, n], state, next_state [T, E, state_dim], terminated, ended [T, E], transition [T, E, n, transition_dim].
+    next_obs and next_state are what an action led to, also where the copy then started again.
     """
     steps = {key: [] for key in ("obs", "action", "log_prob", "reward", "next_obs")}
     steps |= {key: [] for key in ("state", "next_state", "terminated", "ended")}
@@ -548,8 +560,8 @@ def clip_gradient_per_agent(parameters: list[nn.Parameter], max_norm: float) -> 
 def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, value_norm, buffer, optimizers) -> dict:
     """15 epochs of PPO on one rollout (Algorithm 1, lines 16 to 18).
 
-    z_local [n, T, E, d] is what the actors acted on; z_global [T + 1, E, d] is for the values of old, one step more than
-    the rollout has; task [E] is each copy's index among the training tasks. Returns metrics, 0-d tensors.
+    z_local [n, T, E, d] is what the actors acted on; z_global [T + 1, E, d] is for the values of old, one step more
+    than the rollout has; task [E] is each copy's index among the training tasks. Returns metrics, 0-d tensors.
     """
     with torch.no_grad():
         value = critic(data.state, z_global[:-1])  # [T, E, n]
@@ -567,6 +579,7 @@ def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, va
         returns = advantage + value * std + mean
         value_norm.update(returns)
         mean, std = value_norm.mean_std()
+        explained_variance = 1 - advantage.var() / returns.var()
         target = (returns - mean) / std
         advantage = advantage.permute(2, 0, 1).flatten(1)  # [n, T * E]
         advantage = (advantage - advantage.mean(1, keepdim=True)) / (advantage.std(1, keepdim=True) + 1e-8)
@@ -575,8 +588,10 @@ def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, va
 
     for epoch in range(args.update_epochs):
         # line 17: the critic and, through z, the global part of the encoder
-        context = buffer.sample(task, args.context_size, args.context_episodes)  # [E, n, B, transition_dim], fresh in every epoch
-        z_mean, z_std = encoder.global_posterior(encoder.embed(context))  # [E, d]
+        context = buffer.sample(
+            task, args.context_size, args.context_episodes
+        )  # [E, n, B, transition_dim], fresh in every epoch
+        z_mean, z_std = encoder.global_posterior(encoder.embed(context, training=True))  # [E, d]
         z = z_mean + z_std * torch.randn_like(z_global[:-1])  # [T, E, d], new noise at every step
         loss_q = value_loss(critic(data.state, z), value, target, args.clip_coef, args.huber_delta)
         optimizers["critic"].zero_grad()
@@ -606,7 +621,7 @@ def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, va
         "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),
         "losses/clipfrac": ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),
         "losses/first_epoch_ratio_error": ratio_error,
-        "losses/explained_variance": 1 - (returns - value * std - mean).var() / returns.var(),
+        "losses/explained_variance": explained_variance,
         "losses/actor_grad_norm": actor_norm.max(),
         "losses/critic_grad_norm": critic_norm,
     }
@@ -618,7 +633,7 @@ def update_encoder(args, encoder, buffer, num_tasks, optimizers) -> dict:
     label = torch.arange(num_tasks, device=device).repeat(sets)  # [Q], Q = sets * N: sets of one context per task
     own_set = torch.arange(sets, device=device).repeat_interleave(num_tasks)  # [Q]
     other = own_set[:, None] != own_set.unique()  # [Q, sets]: each context is compared with every set but its own
-    x = encoder.embed(buffer.sample(label, args.context_size, args.context_episodes))
+    x = encoder.embed(buffer.sample(label, args.context_size, args.context_episodes), training=True)
     scores, posteriors = [], []
     for mean, std in (encoder.global_posterior(x), encoder.local_posterior(x)):  # [Q, d], [n, Q, d]
         z = mean + std * torch.randn_like(mean)
@@ -682,7 +697,7 @@ def infer(encoder, memory, context_size, num_contexts, latent_dim) -> tuple[torc
     return torch.stack(means, 2), torch.stack(stds, 2)
 
 
-def inference_accuracy(mean, std, task, kind, temperature) -> tuple[torch.Tensor, torch.Tensor]:
+def inference_accuracy(mean, std, task, kind) -> tuple[torch.Tensor, torch.Tensor]:
     """How well each copy's z^i tells its task: mean, std [C, n, E, d], task [E] -> two tensors [E], means over agents.
 
     The first is the CL accuracy of samples, against one key per task from another copy's exploration of it; the second
@@ -722,14 +737,14 @@ def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) ->
     memory = [torch.zeros(0, n, len(encoder.mean), device=device) for _ in range(num_envs)]  # each [S, n, dim]
     rows = []
 
-    def record(phase, episode, context_steps, data, posterior=None):
+    def record(phase, episode, seen, data, posterior=None):  # seen: for each copy the transitions it inferred from
         accuracy = probe = torch.full((num_envs,), torch.nan)
         if posterior is not None:
-            accuracy, probe = inference_accuracy(*posterior, task_on_device, args.similarity, args.temperature)
+            accuracy, probe = inference_accuracy(*posterior, task_on_device, args.similarity)
         table = torch.stack([episodic_return(data).cpu(), accuracy.cpu(), probe.cpu()], 1).tolist()
         for run, (episodic, *accuracies) in enumerate(table):
             accuracy, probe = ("" if math.isnan(a) else a for a in accuracies)
-            rows.append(dict(run=run, task=int(task[run]), episode=episode, phase=phase, context_steps=context_steps))
+            rows.append(dict(run=run, task=int(task[run]), episode=episode, phase=phase, context_steps=len(seen[run])))
             rows[-1] |= {"return": episodic, "accuracy": accuracy, "probe": probe}
 
     for episode in range(args.explore_episodes):  # lines 1 to 7
@@ -737,20 +752,20 @@ def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) ->
         data = rollout(env, actor, task, z, env_seed + episode)
         kept = first_episode(data.ended)  # [T, E]
         memory = [torch.cat([old, data.transition[kept[:, e], e]]) for e, old in enumerate(memory)]
-        record("prior", episode, 0, data)
+        record("prior", episode, [()] * num_envs, data)
     posterior = infer(encoder, memory, args.context_size, args.rollout_contexts, args.latent_dim)  # lines 6 and 10
     for episode in range(args.explore_episodes, args.test_episodes):  # lines 8 to 13
         z = draw_z(*posterior, num_steps)
         data = rollout(env, actor, task, z, env_seed + episode, greedy=not args.eval_sample)
-        record("posterior", episode, args.explore_episodes * num_steps, data, posterior)
+        record("posterior", episode, memory, data, posterior)
     if curve:
         env_seed = seed_everything(args.seed, iteration, "curve")
-        longest = args.explore_episodes * num_steps
+        longest = max(len(transitions) for transitions in memory)
         for steps in [0, *(m * 10**k for k in range(1, 6) for m in (1, 2, 5) if m * 10**k <= longest)]:
             begun = [transitions[:steps] for transitions in memory]
             posterior = infer(encoder, begun, args.context_size, args.rollout_contexts, args.latent_dim)
             data = rollout(env, actor, task, draw_z(*posterior, num_steps), env_seed, greedy=not args.eval_sample)
-            record("curve", args.test_episodes, steps, data, posterior)
+            record("curve", args.test_episodes, begun, data, posterior)
     return rows
 
 
@@ -814,15 +829,11 @@ def make_env(args: Args, num_envs: int) -> envs.MetaVectorEnv:
     return envs.make(args.env_id, num_envs, 0, **settings)
 
 
-def iteration_steps(args: Args, env, num_tasks: int, iterations: int) -> int:
+def iteration_steps(args: Args, env, iterations: int) -> int:
     """Steps that this many iterations take, context collection included."""
-    collections = -(-iterations // args.context_interval)
-    return env.max_episode_steps * (iterations * args.num_envs + collections * num_tasks * args.context_copies)
-
-
-def buffer_capacity(args: Args, env) -> int:
-    """Episodes per training task that a context buffer of `buffer_size` transitions of single agents holds."""
-    return args.buffer_size // (len(env.tasks.train) * env.num_agents * env.max_episode_steps)
+    collections = -(-iterations // args.context_interval)  # the first is the warm-up
+    episodes = bool(collections) * args.warmup_episodes + max(collections - 1, 0) * args.context_copies
+    return env.max_episode_steps * (iterations * args.num_envs + len(env.tasks.train) * episodes)
 
 
 def check_args(args: Args) -> None:
@@ -833,44 +844,36 @@ def check_args(args: Args) -> None:
             setattr(args, name, value)
     if args.num_threads == 0:
         args.num_threads = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    zero_is_fine = {
-        "seed",
-        "kl_coef",
-        "ent_coef",
-        "encoder_blocks",
-        "encoder_updates",
-        "gae_lambda",
-        "explore_episodes",
-    }
+    zero_is_fine = {"seed", "num_threads", "kl_coef", "ent_coef", "gae_lambda", "explore_episodes", "encoder_blocks"}
+    zero_is_fine |= {"encoder_updates", "encoder_dropout", "warmup_updates"}
     for field in dataclasses.fields(args):
-        value, name = getattr(args, field.name), field.name.replace("_", "-")
+        value = getattr(args, field.name)
         if isinstance(value, int | float) and not isinstance(value, bool):
-            least_is_zero = field.name in zero_is_fine
-            if not math.isfinite(value) or value < 0 or (value == 0 and not least_is_zero):
-                raise ValueError(
-                    f"{name}: got {value}, expected a number {'of at least' if least_is_zero else 'above'} 0"
-                )
-    for name in ("gamma", "gae_lambda"):
-        if getattr(args, name) > 1:
-            raise ValueError(f"{name.replace('_', '-')}: got {getattr(args, name)}, expected at most 1")
-    if args.encoder_dim % args.encoder_heads:
-        raise ValueError(
-            f"encoder-heads: got {args.encoder_heads}, expected a divisor of encoder-dim {args.encoder_dim}"
-        )
-    if args.test_episodes <= args.explore_episodes:
-        raise ValueError(
-            f"test-episodes: got {args.test_episodes}, expected more than {args.explore_episodes} to explore"
-        )
-    num_tasks = len(env.tasks.train)
-    holds = buffer_capacity(args, env) * env.max_episode_steps
-    if args.context_size > holds:
-        raise ValueError(f"context-size: got {args.context_size}, expected at most {holds}, what the buffer holds per task")
-    if args.eval_copies < len(env.tasks.test):
-        raise ValueError(
-            f"eval-copies: got {args.eval_copies}, expected at least one per test task, {len(env.tasks.test)}"
-        )
-    if args.total_timesteps < (one := iteration_steps(args, env, num_tasks, 1)):
-        raise ValueError(f"total-timesteps: got {args.total_timesteps}, expected at least one iteration, {one} steps")
+            fine = math.isfinite(value) and (value > 0 or value == 0 and field.name in zero_is_fine)
+            expect(fine, field.name, value, f"a number {'of at least' if field.name in zero_is_fine else 'above'} 0")
+    n, num_tasks = env.num_agents, len(env.tasks.train)
+    expect(args.gamma <= 1, "gamma", args.gamma, "at most 1")
+    expect(args.gae_lambda <= 1, "gae_lambda", args.gae_lambda, "at most 1")
+    expect(
+        args.test_episodes > args.explore_episodes, "test_episodes", args.test_episodes, "more than explore_episodes"
+    )
+    expect(args.eval_copies >= len(env.tasks.test), "eval_copies", args.eval_copies, "at least one per test task")
+    expect(args.encoder_dropout < 1, "encoder_dropout", args.encoder_dropout, "less than 1")
+    expect(args.context_sets > 1, "context_sets", args.context_sets, "at least 2 to compare")
+    expect(args.encoder_dim % args.encoder_heads == 0, "encoder_heads", args.encoder_heads, "a divisor of encoder_dim")
+    expect(num_tasks > 1, "env_kwargs", f"{num_tasks} training task", "at least 2 to tell apart")
+    holds = args.buffer_size // (num_tasks * n)
+    expect(
+        args.context_size <= holds, "context_size", args.context_size, f"at most {holds}, the buffer's share of a task"
+    )
+    one = iteration_steps(args, env, 1)
+    expect(args.total_timesteps >= one, "total_timesteps", args.total_timesteps, f"at least one iteration, {one}")
+
+
+def expect(fine: bool, name: str, got, expected: str) -> None:
+    """Raises ValueError, in one line, unless `fine`."""
+    if not fine:
+        raise ValueError(f"{name.replace('_', '-')}: got {got}, expected {expected}")
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
@@ -885,7 +888,7 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 
 def load_checkpoint(run: str | Path, device="cpu") -> dict:
-    """What `save_checkpoint` wrote in this run folder. Raises ValueError if that cannot be read or is another script's."""
+    """What `save_checkpoint` wrote in this folder. Raises ValueError if that cannot be read or is another script's."""
     path = Path(run) / "checkpoint.pt"
     if not path.is_file():
         raise ValueError(f"{path}: got no file there, expected the checkpoint of a run")
@@ -966,10 +969,17 @@ def build(args: Args, env: envs.MetaVectorEnv, device: torch.device) -> dict[str
     """The networks of a run, freshly initialised."""
     n, obs_dim = env.num_agents, env.single_observation_space.shape[0]
     actor = Actor(n, obs_dim, args.latent_dim, env.single_action_space, args.hidden_dim, args.share_policy)
-    critic = Critic(n, env.state_dim, args.latent_dim, args.hidden_dim)
+    critic = Critic(n, env.state_dim, args.latent_dim, args.hidden_dim, z_scale=args.latent_dim**-0.5)
     transition_dim = 2 * obs_dim + actor.action_dim + 1  # (o, a, r, o')
     encoder = TaskEncoder(
-        n, transition_dim, args.encoder_dim, args.latent_dim, args.encoder_blocks, args.encoder_heads, args.share_policy
+        n,
+        transition_dim,
+        args.encoder_dim,
+        args.latent_dim,
+        args.encoder_blocks,
+        args.encoder_heads,
+        args.encoder_dropout,
+        args.share_policy,
     )
     networks = dict(actor=actor, critic=critic, encoder=encoder, value_norm=ValueNorm())
     return {name: network.to(device) for name, network in networks.items()}
@@ -999,7 +1009,8 @@ if __name__ == "__main__":
     train_env = make_env(args, args.num_envs)
     tasks = train_env.tasks
     num_tasks = len(tasks.train)
-    context_env = make_env(args, num_tasks * args.context_copies)
+    warmup_env = make_env(args, num_tasks * args.warmup_episodes)
+    collect_env = make_env(args, num_tasks * args.context_copies)
     eval_env = make_env(args, args.eval_copies)
 
     seed_everything(args.seed, 0, "initialise")
@@ -1017,7 +1028,8 @@ if __name__ == "__main__":
         name: torch.optim.Adam(params, lr=learning_rate[name], eps=args.adam_eps, fused=True)
         for name, params in parameters.items()
     }
-    buffer = ContextBuffer(buffer_capacity(args, train_env))
+    n, num_steps, d = train_env.num_agents, train_env.max_episode_steps, args.latent_dim
+    buffer = ContextBuffer(max(1, args.buffer_size // (num_tasks * n * num_steps)))
     start = 0
     if saved:
         try:
@@ -1030,7 +1042,7 @@ if __name__ == "__main__":
     if evaluate_only:
         rows = meta_test(args, eval_env, actor, encoder, start, device, curve=True)
         (run / "meta_test_only.csv").unlink(missing_ok=True)
-        step = iteration_steps(args, train_env, num_tasks, start)
+        step = iteration_steps(args, train_env, start)
         append_rows(run / "meta_test_only.csv", step, rows)
         for task in tasks.test:
             means = summarise([row for row in rows if row["task"] == task])
@@ -1040,9 +1052,9 @@ if __name__ == "__main__":
         sys.exit()
 
     num_iterations = 0
-    while iteration_steps(args, train_env, num_tasks, num_iterations + 1) <= args.total_timesteps:
+    while iteration_steps(args, train_env, num_iterations + 1) <= args.total_timesteps:
         num_iterations += 1
-    global_step = iteration_steps(args, train_env, num_tasks, start)
+    global_step = iteration_steps(args, train_env, start)
     if not saved:
         run = Path(args.run_dir) / (args.run_name or f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}")
         try:
@@ -1092,14 +1104,17 @@ if __name__ == "__main__":
 
         # lines 2 to 7: collect transitions for context, on the prior
         begun = time.perf_counter()
-        n, num_steps, d = train_env.num_agents, train_env.max_episode_steps, args.latent_dim
         if iteration % args.context_interval == 0:
             env_seed = seed_everything(args.seed, iteration, "context")
+            context_env = warmup_env if iteration == 0 else collect_env
             z = torch.randn(n, num_steps, context_env.num_envs, d, device=device)  # line 4
-            each_task = np.repeat(tasks.train, args.context_copies)
+            each_task = np.repeat(tasks.train, context_env.num_envs // num_tasks)
             data = rollout(context_env, actor, each_task, z, env_seed)  # line 5
             buffer.add(data.transition.transpose(0, 1).unflatten(0, (num_tasks, -1)))  # line 6
             encoder.fit_input(buffer.data)
+        if iteration == 0:
+            for _ in range(args.warmup_updates):
+                update_encoder(args, encoder, buffer, num_tasks, optimizers)
 
         # lines 8 to 13: collect transitions for RL, on the posterior
         env_seed = seed_everything(args.seed, iteration, "rollout")
@@ -1131,7 +1146,7 @@ if __name__ == "__main__":
         seconds["encoder"] += time.perf_counter() - begun
 
         # the rest is bookkeeping
-        global_step = iteration_steps(args, train_env, num_tasks, iteration + 1)
+        global_step = iteration_steps(args, train_env, iteration + 1)
         metrics["charts/episodic_return"] = episodic_return(data).mean()
         for name in [name for name, value in metrics.items() if value.dim()]:  # one value per agent
             metrics[f"{name}_worst"], metrics[name] = metrics[name].min(), metrics[name].mean()
@@ -1150,7 +1165,7 @@ if __name__ == "__main__":
         progress.update(global_step - progress.n)
 
         last = iteration + 1 == num_iterations
-        previous = iteration_steps(args, train_env, num_tasks, iteration)
+        previous = iteration_steps(args, train_env, iteration)
         if last or global_step // args.eval_interval > previous // args.eval_interval:
             evaluate(iteration + 1, global_step, curve=last)
         if last or (iteration + 1) % args.checkpoint_interval == 0:

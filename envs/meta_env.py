@@ -156,7 +156,7 @@ class MetaVectorEnv:
             raise ValueError(f"options['task']: got {task!r}, expected integers of shape ({self.num_envs},)") from None
         if task.shape != (self.num_envs,) or not np.issubdtype(task.dtype, np.integer):
             raise ValueError(
-                f"options['task']: got {task.dtype} of shape {task.shape}, expected integers of shape ({self.num_envs},)"
+                f"options['task']: got {task.dtype} {task.shape}, expected integers of shape ({self.num_envs},)"
             )
         if task.min() < 0 or task.max() >= len(self.tasks):
             raise ValueError(f"options['task']: got {task.tolist()}, expected ids from 0 to {len(self.tasks) - 1}")

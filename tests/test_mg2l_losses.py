@@ -49,12 +49,19 @@ def close(got, expected, tol=1e-12):
     torch.testing.assert_close(got, expected, rtol=tol, atol=tol)
 
 
+def inputs_of(module):
+    """Everything that goes into this module from now on."""
+    seen = []
+    module.register_forward_pre_hook(lambda _, given: seen.append(given[0].detach()))
+    return seen
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Task encoder
 
 
 def make_encoder(blocks=1, shared=False, num_agents=3, dim=7):
-    encoder = TaskEncoder(num_agents, dim, 16, 5, blocks, 4, shared).double()
+    encoder = TaskEncoder(num_agents, dim, 16, 5, blocks, heads=4, dropout=0.1, shared=shared).double()
     encoder.fit_input(3 * rand(50, dim) + 1)
     return encoder
 
@@ -147,7 +154,7 @@ def without_blocks(pia):
 
 
 def test_input_is_standardised_by_what_fit_input_saw():
-    encoder = TaskEncoder(2, 3, 8, 4, 0, 1, False).double()
+    encoder = TaskEncoder(2, 3, 8, 4, blocks=0, heads=1, dropout=0.1, shared=False).double()
     data = rand(5, 6, 2, 3) * torch.tensor([1.0, 100.0, 0.0]) + torch.tensor([5.0, -300.0, 7.0])
     encoder.fit_input(data)
     close(encoder.mean, data.reshape(-1, 3).mean(0))
@@ -160,6 +167,19 @@ def test_input_is_standardised_by_what_fit_input_saw():
     encoder.fit_input(data * scale)
     close(encoder.embed(context * scale), x, 1e-9)
     close(encoder.priorities(context[0] * scale), omega, 1e-9)
+
+
+def test_entries_of_transitions_are_hidden_in_training_only():
+    encoder, context = make_encoder(), rand(4, 3, 9, 7)
+    assert torch.equal(encoder.embed(context), encoder.embed(context))
+    seen = inputs_of(encoder.e_tran)
+    encoder.embed(context)
+    encoder.embed(context.repeat(50, 1, 1, 1), training=True)
+    standard, hidden = seen[0].repeat(50, 1, 1, 1), seen[1] == 0
+    close(standard, ((context - encoder.mean) / encoder.std).repeat(50, 1, 1, 1))
+    close(seen[1][~hidden], standard[~hidden] / 0.9)  # so that the mean stays
+    assert abs(hidden.float().mean() - 0.1) < 0.01
+    assert torch.equal(encoder.priorities(context[0]), encoder.priorities(context[0]))
 
 
 def test_embedding_of_an_agent_comes_from_its_own_transitions():
@@ -277,7 +297,8 @@ def test_bounds_are_their_equations(num_keys):
     close(info_nce(scores[0], label), lower[0])  # without the leading axis the same
     close(leave_one_out(scores[0], label), upper[0])
     close(info_nce(scores + 100, label), lower)  # a constant in the log of h does not matter
-    assert torch.isfinite(info_nce(1e4 * scores, label)).all() and torch.isfinite(leave_one_out(1e4 * scores, label)).all()
+    for bound in (info_nce, leave_one_out):
+        assert torch.isfinite(bound(1e4 * scores, label)).all()
 
 
 def test_info_nce_is_cross_entropy():
@@ -514,7 +535,7 @@ def test_agent_mlp_is_separate_perceptrons(shared, norm):
     x, target = rand(3, 10, 5), rand(3, 10, 4)
     optimizer = torch.optim.Adam(mlp.parameters(), lr=0.01, eps=1e-5, fused=True)
     plain = torch.optim.Adam([p for net in nets for p in net.parameters()], lr=0.01, eps=1e-5)
-    for step in range(2):
+    for _ in range(2):
         out = mlp(x)
         expected = torch.stack([nets[0 if shared else i](plain_input(mlp, i, x[i])) for i in range(3)])
         close(out, expected, 1e-10)
@@ -567,21 +588,24 @@ def test_gradients_are_clipped_for_each_agent_as_torch_does(shared, max_norm):
 
 
 @own_or_shared
-def test_box_actor_is_a_normal_with_free_log_std_and_normalises_only_what_is_seen(shared):
+def test_box_actor_is_a_normal_with_free_log_std(shared):
     actor, obs, z = Actor(3, 5, 4, BOX, 8, shared).double(), rand(3, 10, 5), rand(3, 10, 4)
     assert actor.action_dim == 2 and torch.equal(actor.log_std, torch.full_like(actor.log_std, -0.5))
     nn.init.normal_(actor.log_std)
+    seen = inputs_of(actor.mlp)
     policy, action = actor(obs, z), rand(3, 10, 2)
     assert policy.log_prob(action).shape == policy.entropy().shape == (3, 10)
+    assert seen[0].shape == (3, 10, 9) and torch.equal(seen[0][..., 5:], z)  # z goes in as it is
     for i in range(3):
         log_std = actor.log_std[0 if shared else i, 0]
-        seen = (obs[i] - obs[i].mean(1, keepdim=True)) / (obs[i].var(1, keepdim=True, unbiased=False) + 1e-5).sqrt()
-        mean = plain_forward(actor.mlp, i, torch.cat([seen, z[i]], -1))
+        mean = plain_forward(actor.mlp, i, seen[0][i])
         close(policy.mode[i], mean, 1e-10)
         gauss = -0.5 * ((action[i] - mean) / log_std.exp()).square() - log_std - 0.5 * math.log(2 * math.pi)
         close(policy.log_prob(action)[i], gauss.sum(-1), 1e-9)
         close(policy.entropy()[i], (log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(10), 1e-10)
-    assert policy.mode.abs().max() < 0.1  # a small head: all actions open at first
+    assert 0 < policy.mode.abs().max() < 0.1  # a small head: all actions open at first
+    for changed in (actor(obs.flip(-1), z), actor(obs, z.flip(-1))):
+        assert (changed.mode - policy.mode).abs().max() > 1e-4
 
 
 @own_or_shared
@@ -601,15 +625,18 @@ def test_discrete_actor_is_categorical(shared):
     assert all(p.grad is not None for p in actor.parameters())
 
 
-def test_critic_has_one_output_per_agent_and_normalises_the_state_alone():
+def test_critic_has_one_output_per_agent():
     critic, state, z = Critic(3, 6, 4, 8).double(), rand(7, 2, 6), rand(7, 2, 4)
-    x = torch.cat([F.layer_norm(state, (6,)), z], -1)
     first, second, last = critic.layers
+    seen = inputs_of(first)
+    value = critic(state, z)
+    assert value.shape == (7, 2, 3) and torch.equal(seen[0][..., 6:], z)  # z goes in as it is
+    x = seen[0]
     for layer in (first, second):
         x = F.layer_norm(F.relu(x @ layer.weight.T + layer.bias), (8,))
-    assert critic(state, z).shape == (7, 2, 3)
-    close(critic(state, z), x @ last.weight.T + last.bias)
-    assert (critic(state, 2 * z) - critic(state, z)).abs().max() > 1e-3
+    close(value, x @ last.weight.T + last.bias)
+    for changed in (critic(state.flip(-1), z), critic(state, z.flip(-1))):
+        assert (changed - value).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.99999])

@@ -1,0 +1,774 @@
+"""Task-given MAPPO: the same agents, told which task they are in. The oracle that MG2L is measured against.
+
+The "task-given" method of section V-B in Zhao et al., "Meta Learning Task Representation in Multiagent Reinforcement
+Learning: From Global Inference to Local Inference", IEEE TNNLS 2025. Actors and critic read a label e of the task where
+those of mg2l_mappo.py read a representation z; there is no encoder, no context and nothing to infer. With
+`--task-label none` the agents are told nothing: the floor of every comparison.
+
+    python task_given.py --env-id hunting_target                        # the oracle
+    python task_given.py --env-id hunting_target --task-label none      # the floor
+    python task_given.py --resume runs/RUN                              # goes on where the run was cut off
+    tensorboard --logdir runs
+"""
+
+import ast
+import csv
+import dataclasses
+import io
+import json
+import math
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from torch.distributions import Categorical, Distribution, Independent, Normal
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+import envs
+
+SCRIPT = "task_given"
+# Table III: what depends on the environment; a flag given by hand wins
+ENV_DEFAULTS = {
+    "hunting_target": dict(total_timesteps=500_000, eval_interval=50_000),
+    "spread_target": dict(total_timesteps=500_000, eval_interval=50_000),
+}
+
+
+@dataclass
+class Args:
+    env_id: str = "hunting_target"
+    """the meta-environment: hunting_target or spread_target"""
+    env_kwargs: tuple[str, ...] = ()
+    """settings of the environment, e.g. num_preys=2 radius=1.0"""
+    seed: int = 1
+    """seed of everything"""
+    cuda: bool = True
+    """train on a GPU if there is one"""
+    num_threads: int = 0
+    """CPU threads of PyTorch (0: one per core, at most 4)"""
+    run_dir: str = "runs"
+    """folder that run folders are made in"""
+    run_name: str | None = None
+    """name of the run folder (default: {env_id}__{script}__{seed}__{time})"""
+    resume: str | None = None
+    """run folder to go on with: its arguments hold, but for total-timesteps, track and capture-video"""
+    meta_test: str | None = None
+    """run folder to evaluate without training: explore-episodes, test-episodes, eval-copies, eval-sample, seed hold"""
+    track: bool = False
+    """send the run to Weights & Biases as well"""
+    wandb_project_name: str = "mg2l"
+    """project of the run in Weights & Biases"""
+    wandb_entity: str | None = None
+    """entity (team) of the project in Weights & Biases"""
+    capture_video: bool = False
+    """write a video of each test task at the end: exploration beside what was learnt"""
+    checkpoint_interval: int = 10
+    """iterations between two checkpoints; one is also written at the end"""
+
+    # MAPPO (Tables I and II)
+    total_timesteps: int | None = None
+    """steps of one environment copy, summed over copies, context collection included (default: Table III)"""
+    num_envs: int = 32
+    """copies of the environment that gather experience for the policies, E"""
+    learning_rate: float = 5e-4
+    """of every Adam; decays linearly to 0"""
+    adam_eps: float = 1e-5
+    """epsilon of every Adam"""
+    gamma: float = 0.99
+    """discount"""
+    gae_lambda: float = 0.95
+    """lambda of the generalised advantage estimate"""
+    update_epochs: int = 15
+    """passes over a rollout"""
+    clip_coef: float = 0.2
+    """clipping of the probability ratio, and of the value's change"""
+    ent_coef: float = 0.01
+    """weight of the policy's entropy"""
+    huber_delta: float = 10.0
+    """where the value loss turns from square to linear, in standard deviations of the return"""
+    max_grad_norm: float = 10.0
+    """gradient clipping: each actor, the critic, and each part of the encoder by itself"""
+    hidden_dim: int = 128
+    """width of the two hidden layers of actors and critic"""
+    share_policy: bool = False
+    """one actor and one local encoder for all agents, told the agent's id: sensible above 8 agents"""
+
+    # what the agents are told
+    task_label: Literal["one-hot", "parameters", "none"] = "one-hot"
+    """one-hot task id, what the task's parameters are, or nothing (the floor)"""
+
+    # meta-test (Algorithm 2)
+    eval_interval: int | None = None
+    """steps between two evaluations (default: Table III)"""
+    eval_copies: int = 32
+    """meta-test runs in one evaluation, spread evenly over the test tasks"""
+    explore_episodes: int = 2
+    """exploration episodes of a meta-test run, on the prior, K"""
+    test_episodes: int = 4
+    """all episodes of a meta-test run, N"""
+    eval_sample: bool = False
+    """sample the actions after exploration instead of taking the mode"""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Networks
+
+
+class AgentMLP(nn.Module):
+    """n multilayer perceptrons side by side, one per agent: [n, batch, in] -> [n, batch, out].
+
+    One batched product per layer does for all agents. With `shared` one perceptron serves all, told the agent's id.
+    LayerNorm has no scale and offset: a linear layer always follows, which has both.
+    """
+
+    def __init__(self, num_agents: int, sizes: list[int], head_gain: float, norm: bool, shared: bool):
+        super().__init__()
+        self.num_agents, self.norm, self.shared = num_agents, norm, shared
+        if shared:
+            sizes = [sizes[0] + num_agents, *sizes[1:]]
+        nets = 1 if shared else num_agents
+        self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
+        for k, (fan_in, fan_out) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+            gain = head_gain if k == len(sizes) - 2 else math.sqrt(2)
+            weight = [nn.init.orthogonal_(torch.empty(fan_out, fan_in), gain).T for _ in range(nets)]
+            self.weights.append(torch.stack(weight))  # [nets, in, out]
+            self.biases.append(torch.zeros(nets, 1, fan_out))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch = x.shape[1]
+        if self.shared:
+            ids = torch.eye(self.num_agents, device=x.device)[:, None].expand(-1, batch, -1)
+            x = torch.cat([x, ids], -1).flatten(0, 1)[None]  # [1, n * batch, in + n]
+        for k, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
+            x = torch.baddbmm(bias, x, weight)
+            if k < len(self.weights) - 1:
+                x = F.relu(x)
+                x = F.layer_norm(x, x.shape[-1:]) if self.norm else x
+        return x.view(self.num_agents, batch, -1)
+
+
+class Actor(nn.Module):
+    """pi^i(a | o^i, z^i) of every agent i."""
+
+    def __init__(self, num_agents: int, obs_dim: int, latent_dim: int, action_space, hidden_dim: int, shared: bool):
+        super().__init__()
+        self.discrete = isinstance(action_space, gym.spaces.Discrete)
+        self.action_dim = int(action_space.n) if self.discrete else action_space.shape[0]
+        sizes = [obs_dim + latent_dim, hidden_dim, hidden_dim, self.action_dim]
+        self.mlp = AgentMLP(num_agents, sizes, head_gain=0.01, norm=True, shared=shared)
+        if not self.discrete:
+            self.log_std = nn.Parameter(torch.full((1 if shared else num_agents, 1, self.action_dim), -0.5))
+
+    def forward(self, obs: torch.Tensor, z: torch.Tensor) -> Distribution:
+        """obs [n, batch, obs_dim], z [n, batch, d] -> distribution of the actions, [n, batch] (of vectors if Box)."""
+        out = self.mlp(torch.cat([obs, z], -1))  # [n, batch, action_dim]
+        if self.discrete:
+            return Categorical(logits=out, validate_args=False)
+        return Independent(Normal(out, self.log_std.exp(), validate_args=False), 1, validate_args=False)
+
+
+class Critic(nn.Module):
+    """V(s, z), one output per agent: [..., state_dim], [..., d] -> [..., n], in units of the value normaliser.
+
+    It reads z times `z_scale`: less than 1 makes the gradient of L_Q to the encoder small beside that of L_G.
+    """
+
+    def __init__(self, num_agents: int, state_dim: int, latent_dim: int, hidden_dim: int, z_scale: float):
+        super().__init__()
+        self.z_scale = z_scale
+        self.layers = nn.ModuleList(
+            [
+                nn.Linear(state_dim + latent_dim, hidden_dim),
+                nn.Linear(hidden_dim, hidden_dim),
+                nn.Linear(hidden_dim, num_agents),
+            ]
+        )
+        for layer, gain in zip(self.layers, (math.sqrt(2), math.sqrt(2), 1), strict=True):
+            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, state: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([state, self.z_scale * z], -1)
+        for layer in self.layers[:-1]:
+            x = F.relu(layer(x))
+            x = F.layer_norm(x, x.shape[-1:])
+        return self.layers[-1](x)
+
+
+class ValueNorm(nn.Module):
+    """Running mean and standard deviation of the returns, debiased as in the MAPPO authors' code."""
+
+    def __init__(self, beta: float = 0.99999):
+        super().__init__()
+        self.beta = beta
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # mean, mean of squares, weight; all biased
+
+    def update(self, returns: torch.Tensor) -> None:
+        new = torch.stack([returns.mean(), returns.square().mean(), torch.ones_like(returns[0, 0, 0])])
+        self.sums.mul_(self.beta).add_(new, alpha=1 - self.beta)
+
+    def mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, square = self.sums[:2] / self.sums[2].clamp(min=1e-12)
+        return mean.float(), (square - mean.square()).clamp(min=1e-2).sqrt().float()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Losses
+
+
+def policy_loss(log_prob, old_log_prob, advantage, entropy, clip_coef, ent_coef) -> torch.Tensor:
+    """L_pi (eq. 25) with PPO's clipping: all arguments [n, batch]; mean over the batch, sum over agents."""
+    ratio = (log_prob - old_log_prob).exp()  # mu_t^i
+    surrogate = torch.min(ratio * advantage, ratio.clamp(1 - clip_coef, 1 + clip_coef) * advantage)
+    return -(surrogate + ent_coef * entropy).mean(1).sum()
+
+
+def value_loss(value, old_value, target, clip_coef, huber_delta) -> torch.Tensor:
+    """L_Q (eq. 17) as MAPPO takes it: Huber, and the worse of the new value and the clipped one. All [T, E, n]."""
+    clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
+    loss = F.huber_loss(value, target, reduction="none", delta=huber_delta)
+    return torch.max(loss, F.huber_loss(clipped, target, reduction="none", delta=huber_delta)).mean()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Experience
+
+
+def seed_everything(seed: int, iteration: int, purpose: str) -> int:
+    """Every rollout, update and evaluation starts from a seed of its own.
+
+    So a checkpoint needs no state of generators or environments, and evaluating more often does not change training.
+    Seeds PyTorch and returns a seed for the environment.
+    """
+    purposes = ["initialise", "context", "rollout", "update", "meta-test", "curve", "video"]
+    torch_seed, env_seed = np.random.SeedSequence([seed, iteration, purposes.index(purpose)]).generate_state(2)
+    torch.manual_seed(int(torch_seed))
+    return int(env_seed)
+
+
+def told(env, task: np.ndarray, kind: str, num_steps: int, device) -> torch.Tensor:
+    """The label e of tasks (ids [E]) for every agent at every step: [n, num_steps, E, label_dim]."""
+    table = {"one-hot": env.tasks.labels, "parameters": env.tasks.parameters, "none": np.zeros((len(env.tasks), 1))}
+    label = torch.as_tensor(table[kind][task], dtype=torch.float32, device=device)  # [E, label_dim]
+    return label.expand(env.num_agents, num_steps, *label.shape)
+
+
+@torch.no_grad()
+def rollout(env, actor, task, z, seed, greedy=False, frames=None) -> SimpleNamespace:
+    """T steps of every copy of `env` from a seeded reset, agent i of copy e acting on z[i, t, e] (z [n, T, E, d]).
+
+    A copy that ends starts again on the same task. `frames`, a list, gets a picture of copy 0 at every step.
+    Returns tensors: obs, next_obs [n, T, E, obs_dim], action [n, T, E(, act_dim)], log_prob [n, T, E], reward
+    [T, E, n], state, next_state [T, E, state_dim], terminated, ended [T, E], transition [T, E, n, transition_dim].
+    next_obs and next_state are what an action led to, also where the copy then started again.
+    """
+    steps = {key: [] for key in ("obs", "action", "log_prob", "reward", "next_obs")}
+    steps |= {key: [] for key in ("state", "next_state", "terminated", "ended")}
+    obs, _ = env.reset(seed=seed, options={"task": task})
+    for t in range(z.shape[1]):
+        if frames is not None:
+            frames.append(env.render())
+        state = env.state()
+        obs_in = torch.from_numpy(obs).to(z.device).transpose(0, 1)  # [n, E, obs_dim]
+        policy = actor(obs_in, z[:, t])
+        action = policy.mode if greedy else policy.sample()  # [n, E] or [n, E, act_dim]
+        obs, reward, terminated, truncated, info = env.step(action.transpose(0, 1).cpu().numpy())
+        next_obs, next_state, ended = obs, env.state(), terminated | truncated
+        if ended.any():
+            next_obs = np.where(ended[:, None, None], info["final_obs"], obs)
+            next_state = np.where(ended[:, None], info["final_state"], next_state)
+        new = (obs_in, action, policy.log_prob(action), reward, next_obs.swapaxes(0, 1), state, next_state)
+        for key, value in zip(
+            ("obs", "action", "log_prob", "reward", "next_obs", "state", "next_state"), new, strict=True
+        ):
+            steps[key].append(torch.as_tensor(value))
+        steps["terminated"].append(torch.from_numpy(terminated))
+        steps["ended"].append(torch.from_numpy(ended))
+    agents_first = ("obs", "action", "log_prob", "next_obs")
+    out = {k: torch.stack(v, dim=1 if k in agents_first else 0).to(z.device) for k, v in steps.items()}
+    action = F.one_hot(out["action"], actor.action_dim).float() if actor.discrete else out["action"]
+    own = torch.cat([out["obs"], action, out["reward"].permute(2, 0, 1)[..., None], out["next_obs"]], -1)
+    return SimpleNamespace(**out, transition=own.permute(1, 2, 0, 3))  # c_t^i = (o, a, r, o')
+
+
+def first_episode(ended: torch.Tensor) -> torch.Tensor:
+    """[T, E] -> which steps belong to each copy's first episode, its last step included."""
+    return (ended.cumsum(0) - ended.int()) == 0
+
+
+def episodic_return(data: SimpleNamespace) -> torch.Tensor:
+    """Sum of rewards over each copy's first episode, mean over agents: [E]."""
+    return (data.reward.mean(-1) * first_episode(data.ended)).sum(0)
+
+
+def gae(reward, value, next_value, terminated, ended, gamma, gae_lambda) -> torch.Tensor:
+    """Generalised advantage estimate: reward, value, next_value [T, E, n], terminated, ended [T, E] -> [T, E, n].
+
+    next_value[t] is the value of what step t led to. Nothing follows a terminated episode; one that was cut off
+    (ended, not terminated) goes on in next_value. The sum never crosses into the next episode.
+    """
+    delta = reward + gamma * next_value * ~terminated[..., None] - value
+    advantage, last = torch.zeros_like(reward), torch.zeros_like(reward[0])
+    for t in reversed(range(len(reward))):
+        last = delta[t] + gamma * gae_lambda * ~ended[t, :, None] * last
+        advantage[t] = last
+    return advantage
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Updates
+
+
+def clip_gradient_per_agent(parameters: list[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Clip each agent's slice of stacked parameters [nets, ...] by its own norm; returns the norms [nets]."""
+    norm = torch.stack([p.grad.flatten(1).norm(dim=1) for p in parameters]).norm(dim=0)
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+    for p in parameters:
+        p.grad.mul_(scale.view(-1, *[1] * (p.dim() - 1)))
+    return norm
+
+
+def update_mappo(args, data, z, actor, critic, value_norm, optimizers) -> dict:
+    """15 epochs of PPO on one rollout (Algorithm 1, lines 16 to 18).
+
+    z [n, T, E, label_dim] is what the agents were told, the same at every step. Returns metrics, 0-d tensors.
+    """
+    with torch.no_grad():
+        value = critic(data.state, z[0])  # [T, E, n]
+        next_value = critic(data.next_state, z[0])
+        mean, std = value_norm.mean_std()
+        advantage = gae(
+            data.reward,
+            value * std + mean,
+            next_value * std + mean,
+            data.terminated,
+            data.ended,
+            args.gamma,
+            args.gae_lambda,
+        )
+        returns = advantage + value * std + mean
+        value_norm.update(returns)
+        mean, std = value_norm.mean_std()
+        explained_variance = 1 - advantage.var() / returns.var()
+        target = (returns - mean) / std
+        advantage = advantage.permute(2, 0, 1).flatten(1)  # [n, T * E]
+        advantage = (advantage - advantage.mean(1, keepdim=True)) / (advantage.std(1, keepdim=True) + 1e-8)
+        obs, z_local = data.obs.flatten(1, 2), z.flatten(1, 2)  # [n, T * E, ...]
+        action, old_log_prob = data.action.flatten(1, 2), data.log_prob.flatten(1, 2)
+
+    for epoch in range(args.update_epochs):
+        # line 17: the critic
+        loss_q = value_loss(critic(data.state, z[0]), value, target, args.clip_coef, args.huber_delta)
+        optimizers["critic"].zero_grad()
+        loss_q.backward()
+        critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
+        optimizers["critic"].step()
+
+        # line 18: the actors, on what they were told
+        policy = actor(obs, z_local)
+        log_prob, entropy = policy.log_prob(action), policy.entropy()  # [n, T * E]
+        loss_pi = policy_loss(log_prob, old_log_prob, advantage, entropy, args.clip_coef, args.ent_coef)
+        optimizers["actor"].zero_grad()
+        loss_pi.backward()
+        actor_norm = clip_gradient_per_agent(list(actor.parameters()), args.max_grad_norm)
+        optimizers["actor"].step()
+        if epoch == 0:
+            ratio_error = (log_prob.detach() - old_log_prob).exp().sub(1).abs().max()
+
+    log_ratio = log_prob.detach() - old_log_prob
+    return {
+        "losses/policy_loss": loss_pi,
+        "losses/value_loss": loss_q,
+        "losses/entropy": entropy.mean(),
+        "losses/approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),
+        "losses/clipfrac": ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),
+        "losses/first_epoch_ratio_error": ratio_error,
+        "losses/explained_variance": explained_variance,
+        "losses/actor_grad_norm": actor_norm.max(),
+        "losses/critic_grad_norm": critic_norm,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Meta-test (Algorithm 2)
+
+
+def meta_test(args, env, actor, iteration: int, device, curve: bool) -> list[dict]:
+    """As many episodes as Algorithm 2 takes, on every copy of `env`; told the task, the agents need not explore.
+
+    Returns one row per copy and episode for meta_test.csv: the phases are those of mg2l_mappo.py, so that both can be
+    drawn together. "prior" episodes sample the actions. With `curve` also Fig. 7, which is flat here.
+    """
+    env_seed = seed_everything(args.seed, iteration, "meta-test")
+    num_steps, num_envs = env.max_episode_steps, env.num_envs
+    task = np.resize(env.tasks.test, num_envs)  # spread evenly
+    z = told(env, task, args.task_label, num_steps, device)
+    rows = []
+
+    def record(phase, episode, context_steps, data):
+        for run, episodic in enumerate(episodic_return(data).tolist()):
+            rows.append(dict(run=run, task=int(task[run]), episode=episode, phase=phase, context_steps=context_steps))
+            rows[-1] |= {"return": episodic, "accuracy": "", "probe": ""}
+
+    for episode in range(args.explore_episodes):
+        record("prior", episode, 0, rollout(env, actor, task, z, env_seed + episode))
+    for episode in range(args.explore_episodes, args.test_episodes):
+        data = rollout(env, actor, task, z, env_seed + episode, greedy=not args.eval_sample)
+        record("posterior", episode, args.explore_episodes * num_steps, data)
+    if curve:
+        env_seed = seed_everything(args.seed, iteration, "curve")
+        longest = args.explore_episodes * num_steps
+        data = rollout(env, actor, task, z, env_seed, greedy=not args.eval_sample)
+        for steps in [0, *(m * 10**k for k in range(1, 6) for m in (1, 2, 5) if m * 10**k <= longest)]:
+            record("curve", args.test_episodes, steps, data)
+    return rows
+
+
+def summarise(rows: list[dict]) -> dict:
+    """Means over runs and episodes, for TensorBoard: return of both phases."""
+
+    def mean(key, phase):
+        values = [row[key] for row in rows if row["phase"] == phase and row[key] != ""]
+        return sum(values) / len(values) if values else math.nan
+
+    out = {"return": mean("return", "posterior"), "return_prior": mean("return", "prior")}
+    return {f"meta_test/{key}": value for key, value in out.items() if not math.isnan(value)}
+
+
+def write_videos(args, actor, folder: Path, iteration: int, device) -> None:
+    """For each test task a GIF of one episode."""
+    from PIL import Image
+
+    folder.mkdir(exist_ok=True)
+    env = make_env(args, 1)
+    for task in env.tasks.test:
+        env_seed = seed_everything(args.seed, iteration, "video") + int(task)
+        frames = []
+        z = told(env, np.array([task]), args.task_label, env.max_episode_steps, device)
+        rollout(env, actor, np.array([task]), z, env_seed, greedy=True, frames=frames)
+        pictures = [Image.fromarray(frame) for frame in frames[::2]]  # every second step
+        name = folder / f"task_{task}.gif"
+        pictures[0].save(name, save_all=True, append_images=pictures[1:], duration=100, loop=0)
+        print(f"video: {name} ({env.tasks.describe(task)})")
+    env.close()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Runs: arguments, run folder, checkpoint. Nothing of the algorithm.
+
+
+def fail(message: str) -> None:
+    """Say in one line what is wrong and stop, before anything was written."""
+    print(f"{SCRIPT}.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def make_env(args: Args, num_envs: int) -> envs.MetaVectorEnv:
+    settings = {}
+    for setting in args.env_kwargs:
+        name, _, value = setting.partition("=")
+        try:
+            settings[name] = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            raise ValueError(f"env-kwargs: got {setting!r}, expected NAME=NUMBER") from None
+    return envs.make(args.env_id, num_envs, 0, **settings)
+
+
+def iteration_steps(args: Args, env, iterations: int) -> int:
+    """Steps that this many iterations take."""
+    return env.max_episode_steps * iterations * args.num_envs
+
+
+def check_args(args: Args) -> None:
+    """Fill in what depends on the environment. Raises ValueError: what came and what was expected."""
+    env = make_env(args, 1)
+    for name, value in ENV_DEFAULTS[args.env_id].items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.num_threads == 0:
+        args.num_threads = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    zero_is_fine = {"seed", "num_threads", "ent_coef", "gae_lambda", "explore_episodes"}
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            fine = math.isfinite(value) and (value > 0 or value == 0 and field.name in zero_is_fine)
+            expect(fine, field.name, value, f"a number {'of at least' if field.name in zero_is_fine else 'above'} 0")
+    expect(args.gamma <= 1, "gamma", args.gamma, "at most 1")
+    expect(args.gae_lambda <= 1, "gae_lambda", args.gae_lambda, "at most 1")
+    expect(
+        args.test_episodes > args.explore_episodes, "test_episodes", args.test_episodes, "more than explore_episodes"
+    )
+    expect(args.eval_copies >= len(env.tasks.test), "eval_copies", args.eval_copies, "at least one per test task")
+    one = iteration_steps(args, env, 1)
+    expect(args.total_timesteps >= one, "total_timesteps", args.total_timesteps, f"at least one iteration, {one}")
+
+
+def expect(fine: bool, name: str, got, expected: str) -> None:
+    """Raises ValueError, in one line, unless `fine`."""
+    if not fine:
+        raise ValueError(f"{name.replace('_', '-')}: got {got}, expected {expected}")
+
+
+def save_checkpoint(path: Path, content: dict) -> None:
+    """Write beside, sync, rename: a reader finds the old checkpoint or the new one, never a half."""
+    data = io.BytesIO()
+    torch.save(content, data)
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        file.write(data.getbuffer())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
+
+
+def load_checkpoint(run: str | Path, device="cpu") -> dict:
+    """What `save_checkpoint` wrote in this folder. Raises ValueError if that cannot be read or is another script's."""
+    path = Path(run) / "checkpoint.pt"
+    if not path.is_file():
+        raise ValueError(f"{path}: got no file there, expected the checkpoint of a run")
+    try:
+        saved = torch.load(path, map_location=device, weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: got {type(error).__name__} reading it, expected a whole checkpoint") from None
+    if not isinstance(saved, dict) or saved.get("script") != SCRIPT:
+        found = saved.get("script") if isinstance(saved, dict) else type(saved).__name__
+        raise ValueError(f"{path}: got a file of {found!r}, expected a checkpoint of {SCRIPT}.py")
+    return saved
+
+
+def restore(modules: dict, saved: dict, path) -> None:
+    """Load state dicts. Raises ValueError if a checkpoint does not fit its own arguments."""
+    for name, module in modules.items():
+        try:
+            module.load_state_dict(saved[name])
+        except (KeyError, RuntimeError, ValueError):
+            raise ValueError(f"{path}: got {name} of another shape, expected that of its own arguments") from None
+
+
+def load_agents(run: str | Path) -> SimpleNamespace:
+    """A finished or unfinished run as something to use: its args, env (one copy), actor and critic.
+
+    `told(task)` gives the label e [n, E, label_dim] of tasks [E], `act(obs, z)` the actions: obs float32
+    [E, n, obs_dim] as the environment gives it, actions as it takes them. Raises ValueError if there is no readable
+    checkpoint of this script.
+    """
+    saved = load_checkpoint(run)
+    args = Args(**saved["args"])
+    env = make_env(args, 1)
+    networks = build(args, env, torch.device("cpu"))
+    restore(networks, saved["networks"], run)
+
+    @torch.no_grad()
+    def act(obs, z, greedy=True):
+        policy = networks["actor"](torch.as_tensor(obs).transpose(0, 1), z)
+        return (policy.mode if greedy else policy.sample()).transpose(0, 1).numpy()
+
+    def label(task):
+        return told(env, np.asarray(task), args.task_label, 1, torch.device("cpu"))[:, 0]
+
+    return SimpleNamespace(args=args, env=env, act=act, told=label, **networks)
+
+
+def parse_args() -> tuple[Args, Path | None, dict | None]:
+    """The arguments, and for --resume and --meta-test the run folder and its checkpoint. Raises ValueError."""
+    given = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    if given.resume and given.meta_test:
+        raise ValueError("resume, meta-test: got both, expected one of them")
+    if not (given.resume or given.meta_test):
+        check_args(given)
+        return given, None, None
+    run = Path(given.resume or given.meta_test)
+    saved = load_checkpoint(run)
+    args = Args(**saved["args"])
+    free = {"resume", "meta_test", "capture_video"}
+    if given.resume:
+        free |= {"total_timesteps", "track", "wandb_project_name", "wandb_entity", "checkpoint_interval"}
+    else:
+        free |= {"explore_episodes", "test_episodes", "eval_copies", "eval_sample", "seed", "num_threads", "cuda"}
+    for field in dataclasses.fields(Args):
+        value = getattr(given, field.name)
+        if value == field.default or value == getattr(args, field.name):
+            continue
+        if field.name not in free:
+            name = field.name.replace("_", "-")
+            raise ValueError(f"{name}: got {value}, expected {getattr(args, field.name)} as {run} was trained with")
+        setattr(args, field.name, value)
+    check_args(args)
+    return args, run, saved
+
+
+def build(args: Args, env: envs.MetaVectorEnv, device: torch.device) -> dict[str, nn.Module]:
+    """The networks of a run, freshly initialised."""
+    n, obs_dim = env.num_agents, env.single_observation_space.shape[0]
+    label_dim = told(env, np.zeros(1, int), args.task_label, 1, device).shape[-1]
+    actor = Actor(n, obs_dim, label_dim, env.single_action_space, args.hidden_dim, args.share_policy)
+    critic = Critic(n, env.state_dim, label_dim, args.hidden_dim, z_scale=1)
+    networks = dict(actor=actor, critic=critic, value_norm=ValueNorm())
+    return {name: network.to(device) for name, network in networks.items()}
+
+
+CSV_COLUMNS = ["step", "run", "task", "episode", "phase", "context_steps", "return", "accuracy", "probe"]
+
+
+def append_rows(path: Path, step: int, rows: list[dict]) -> None:
+    """Add the rows of one evaluation to meta_test.csv."""
+    with open(path, "a", newline="") as file:
+        writer = csv.DictWriter(file, CSV_COLUMNS)
+        if file.tell() == 0:
+            writer.writeheader()
+        writer.writerows(dict(step=step, **row) for row in rows)
+
+
+if __name__ == "__main__":
+    try:
+        args, run, saved = parse_args()
+    except ValueError as error:
+        fail(str(error))
+    evaluate_only, args.meta_test, args.resume = args.meta_test, None, None
+    torch.set_num_threads(args.num_threads)
+    device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+    train_env = make_env(args, args.num_envs)
+    tasks = train_env.tasks
+    num_tasks = len(tasks.train)
+    eval_env = make_env(args, args.eval_copies)
+
+    seed_everything(args.seed, 0, "initialise")
+    networks = build(args, train_env, device)
+    actor, critic, value_norm = networks.values()
+    optimizers = {
+        name: torch.optim.Adam(networks[name].parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True)
+        for name in ("actor", "critic")
+    }
+    start = 0
+    if saved:
+        try:
+            restore(networks, saved["networks"], run)
+            restore(optimizers, saved["optimizers"], run)
+        except ValueError as error:
+            fail(str(error))
+        start = saved["iteration"]
+
+    if evaluate_only:
+        rows = meta_test(args, eval_env, actor, start, device, curve=True)
+        (run / "meta_test_only.csv").unlink(missing_ok=True)
+        step = iteration_steps(args, train_env, start)
+        append_rows(run / "meta_test_only.csv", step, rows)
+        for task in tasks.test:
+            means = summarise([row for row in rows if row["task"] == task])
+            print(f"task {task} ({tasks.describe(task)}): " + ", ".join(f"{k[10:]} {v:.2f}" for k, v in means.items()))
+        if args.capture_video:
+            write_videos(args, actor, run / "videos", start, device)
+        sys.exit()
+
+    num_iterations = 0
+    while iteration_steps(args, train_env, num_iterations + 1) <= args.total_timesteps:
+        num_iterations += 1
+    global_step = iteration_steps(args, train_env, start)
+    if not saved:
+        run = Path(args.run_dir) / (args.run_name or f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}")
+        try:
+            run.mkdir(parents=True)
+            (run / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        except OSError as error:
+            fail(f"run-dir: got {run} ({error.strerror}), expected a new folder that can be written to")
+    if args.track:
+        import wandb
+
+        wandb.init(
+            project=args.wandb_project_name,
+            entity=args.wandb_entity,
+            name=run.name,
+            dir=str(run),
+            config=dataclasses.asdict(args),
+            sync_tensorboard=True,
+        )
+    writer = SummaryWriter(str(run), purge_step=global_step + 1 if saved else None)
+    csv_path = run / "meta_test.csv"
+    if saved:
+        with open(csv_path, "a") as file:
+            file.truncate(saved["csv_bytes"])  # what was written after the checkpoint is done again
+    print(
+        f"{run}: {args.total_timesteps:,} steps (one joint step of one copy each), {args.num_threads} threads, {device}"
+    )
+    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True)
+    start_time, start_step, seconds = (time.time(), global_step, dict.fromkeys(("rollout", "ppo", "eval"), 0.0))
+
+    def evaluate(iteration: int, step: int, curve: bool) -> None:
+        begun = time.perf_counter()
+        rows = meta_test(args, eval_env, actor, iteration, device, curve)
+        append_rows(csv_path, step, rows)
+        for name, value in summarise(rows).items():
+            writer.add_scalar(name, value, step)
+        seconds["eval"] += time.perf_counter() - begun
+
+    if not saved:
+        evaluate(0, 0, curve=False)
+    for iteration in range(start, num_iterations):  # Algorithm 1, line 1
+        for optimizer in optimizers.values():
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
+
+        begun = time.perf_counter()
+        # lines 8 to 13: collect transitions for RL, told the task
+        env_seed = seed_everything(args.seed, iteration, "rollout")
+        task = tasks.train[torch.randint(num_tasks, (args.num_envs,)).numpy()]  # [E], ids
+        z = told(train_env, task, args.task_label, train_env.max_episode_steps, device)  # [n, T, E, label_dim]
+        data = rollout(train_env, actor, task, z, env_seed)  # lines 11 and 12
+        now = time.perf_counter()
+        seconds["rollout"] += now - begun
+        begun = now
+
+        # lines 14 to 20: update the networks
+        seed_everything(args.seed, iteration, "update")
+        metrics = update_mappo(args, data, z, actor, critic, value_norm, optimizers)
+        seconds["ppo"] += time.perf_counter() - now
+
+        # the rest is bookkeeping
+        global_step = iteration_steps(args, train_env, iteration + 1)
+        metrics["charts/episodic_return"] = episodic_return(data).mean()
+        for name in [name for name, value in metrics.items() if value.dim()]:  # one value per agent
+            metrics[f"{name}_worst"], metrics[name] = metrics[name].min(), metrics[name].mean()
+        values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
+        metrics = dict(zip(metrics, values, strict=True))
+        if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
+            progress.close()
+            sys.exit(f"{', '.join(broken)} not finite at step {global_step}; last checkpoint: {run / 'checkpoint.pt'}")
+        metrics["charts/learning_rate"] = optimizers["actor"].param_groups[0]["lr"]
+        metrics["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, global_step)
+        for name, value in seconds.items():
+            writer.add_scalar(f"time/{name}", value, global_step)
+        progress.set_postfix({"return": f"{metrics['charts/episodic_return']:.1f}"}, refresh=False)
+        progress.update(global_step - progress.n)
+
+        last = iteration + 1 == num_iterations
+        previous = iteration_steps(args, train_env, iteration)
+        if last or global_step // args.eval_interval > previous // args.eval_interval:
+            evaluate(iteration + 1, global_step, curve=last)
+        if last or (iteration + 1) % args.checkpoint_interval == 0:
+            content = dict(script=SCRIPT, args=dataclasses.asdict(args), iteration=iteration + 1)
+            content |= dict(csv_bytes=csv_path.stat().st_size)
+            content["networks"] = {name: network.state_dict() for name, network in networks.items()}
+            content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+            save_checkpoint(run / "checkpoint.pt", content)
+
+    progress.close()
+    if args.capture_video:
+        write_videos(args, actor, run / "videos", num_iterations, device)
+    writer.close()
+    with open(csv_path) as file:
+        rows = [row for row in csv.DictReader(file) if int(row["step"]) == global_step]
+    for row in rows:
+        row |= {key: float(row[key]) for key in ("return", "accuracy", "probe") if row[key]}
+    print(f"{time.time() - start_time:.0f} s, " + ", ".join(f"{k[10:]} {v:.2f}" for k, v in summarise(rows).items()))
