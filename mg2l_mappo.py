@@ -42,6 +42,7 @@ from tqdm import tqdm
 import envs
 
 SCRIPT = "mg2l_mappo"
+CHECKPOINT_KEYS = {"args", "iteration", "csv_bytes", "networks", "optimizers", "context"}
 # Table III: what depends on the environment; a flag given by hand wins
 ENV_DEFAULTS = {
     "hunting_target": dict(total_timesteps=500_000, buffer_size=300_000, context_size=32, eval_interval=50_000),
@@ -87,8 +88,10 @@ class Args:
     """copies of the environment that gather experience for the policies, E"""
     learning_rate: float = 5e-4
     """of every Adam; decays linearly to 0"""
-    encoder_learning_rate: float = 1e-3
-    """of the encoder's (Table II: as the others)"""
+    warmup_learning_rate: float = 1e-3
+    """of the encoder's in its warm-up"""
+    encoder_learning_rate: float = 2e-4
+    """of the encoder's after that: slow, since the policies must keep up with what z means (Table II: as the others)"""
     adam_eps: float = 1e-5
     """epsilon of every Adam"""
     gamma: float = 0.99
@@ -119,6 +122,8 @@ class Args:
     """attention blocks before each permutation-invariant head (Table I: 2)"""
     encoder_heads: int = 4
     """heads of each attention block"""
+    critic_coef: float = 0.1
+    """weight of L_Q beside L_G in what the encoder learns (Algorithm 1: 1)"""
     encoder_dropout: float = 0.1
     """share of the entries of transitions that are hidden while the encoder learns, so that it can't learn by heart"""
     kl_coef: float = 0.01
@@ -139,11 +144,11 @@ class Args:
     """episodes gathered per training task in each collection of context"""
     warmup_episodes: int = 100
     """episodes gathered per training task in the first collection, before anything is learnt"""
-    warmup_updates: int = 500
+    warmup_updates: int = 600
     """steps on L_G + L_L right after it, so that the policies have a representation to begin with"""
     context_interval: int = 1
     """iterations between two collections of context"""
-    encoder_updates: int = 20
+    encoder_updates: int = 5
     """steps on L_G + L_L in an iteration"""
     context_sets: int = 12
     """sets of one context per training task in each of these steps; every context is compared with all other sets"""
@@ -221,14 +226,10 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """V(s, z), one output per agent: [..., state_dim], [..., d] -> [..., n], in units of the value normaliser.
+    """V(s, z), one output per agent: [..., state_dim], [..., d] -> [..., n], in units of the value normaliser."""
 
-    It reads z times `z_scale`: less than 1 makes the gradient of L_Q to the encoder small beside that of L_G.
-    """
-
-    def __init__(self, num_agents: int, state_dim: int, latent_dim: int, hidden_dim: int, z_scale: float):
+    def __init__(self, num_agents: int, state_dim: int, latent_dim: int, hidden_dim: int):
         super().__init__()
-        self.z_scale = z_scale
         self.layers = nn.ModuleList(
             [
                 nn.Linear(state_dim + latent_dim, hidden_dim),
@@ -241,7 +242,7 @@ class Critic(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, state: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([state, self.z_scale * z], -1)
+        x = torch.cat([state, z], -1)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
             x = F.layer_norm(x, x.shape[-1:])
@@ -560,12 +561,12 @@ def clip_gradient_per_agent(parameters: list[nn.Parameter], max_norm: float) -> 
 def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, value_norm, buffer, optimizers) -> dict:
     """15 epochs of PPO on one rollout (Algorithm 1, lines 16 to 18).
 
-    z_local [n, T, E, d] is what the actors acted on; z_global [T + 1, E, d] is for the values of old, one step more
-    than the rollout has; task [E] is each copy's index among the training tasks. Returns metrics, 0-d tensors.
+    z_local [n, T, E, d] is what the actors acted on; z_global [T, E, d] is for the values of old; task [E] is
+    each copy's index among the training tasks. Returns metrics, 0-d tensors.
     """
     with torch.no_grad():
-        value = critic(data.state, z_global[:-1])  # [T, E, n]
-        next_value = critic(data.next_state, z_global[1:])
+        value = critic(data.state, z_global)  # [T, E, n]
+        next_value = critic(data.next_state, z_global)
         mean, std = value_norm.mean_std()
         advantage = gae(
             data.reward,
@@ -591,8 +592,9 @@ def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, va
         context = buffer.sample(
             task, args.context_size, args.context_episodes
         )  # [E, n, B, transition_dim], fresh in every epoch
-        z_mean, z_std = encoder.global_posterior(encoder.embed(context, training=True))  # [E, d]
-        z = z_mean + z_std * torch.randn_like(z_global[:-1])  # [T, E, d], new noise at every step
+        z, _ = encoder.global_posterior(encoder.embed(context, training=True))  # [E, d], the mean: noise costs accuracy
+        z = z.detach() + args.critic_coef * (z - z.detach())  # the same z, a smaller gradient
+        z = z.expand(len(data.state), -1, -1)  # [T, E, d]
         loss_q = value_loss(critic(data.state, z), value, target, args.clip_coef, args.huber_delta)
         optimizers["critic"].zero_grad()
         optimizers["phi_g"].zero_grad()
@@ -824,7 +826,7 @@ def make_env(args: Args, num_envs: int) -> envs.MetaVectorEnv:
         name, _, value = setting.partition("=")
         try:
             settings[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, TypeError, ValueError):
             raise ValueError(f"env-kwargs: got {setting!r}, expected NAME=NUMBER") from None
     return envs.make(args.env_id, num_envs, 0, **settings)
 
@@ -899,6 +901,9 @@ def load_checkpoint(run: str | Path, device="cpu") -> dict:
     if not isinstance(saved, dict) or saved.get("script") != SCRIPT:
         found = saved.get("script") if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(f"{path}: got a file of {found!r}, expected a checkpoint of {SCRIPT}.py")
+    names = {field.name for field in dataclasses.fields(Args)}
+    if not saved.keys() >= CHECKPOINT_KEYS or not isinstance(saved["args"], dict) or saved["args"].keys() != names:
+        raise ValueError(f"{path}: got a checkpoint of another version, expected one of this {SCRIPT}.py")
     return saved
 
 
@@ -907,6 +912,9 @@ def restore(modules: dict, saved: dict, path) -> None:
     for name, module in modules.items():
         try:
             module.load_state_dict(saved[name])
+            for p, state in getattr(module, "state", {}).items():  # an optimiser's, which does not look at shapes
+                if any(v.dim() and v.shape != p.shape for v in state.values()):
+                    raise ValueError
         except (KeyError, RuntimeError, ValueError):
             raise ValueError(f"{path}: got {name} of another shape, expected that of its own arguments") from None
 
@@ -948,19 +956,16 @@ def parse_args() -> tuple[Args, Path | None, dict | None]:
     run = Path(given.resume or given.meta_test)
     saved = load_checkpoint(run)
     args = Args(**saved["args"])
+    given = tyro.cli(Args, default=Args(**saved["args"]))  # so that what is not given is as it was
     free = {"resume", "meta_test", "capture_video"}
     if given.resume:
         free |= {"total_timesteps", "track", "wandb_project_name", "wandb_entity", "checkpoint_interval"}
     else:
         free |= {"explore_episodes", "test_episodes", "eval_copies", "eval_sample", "seed", "num_threads", "cuda"}
-    for field in dataclasses.fields(Args):
-        value = getattr(given, field.name)
-        if value == field.default or value == getattr(args, field.name):
-            continue
-        if field.name not in free:
-            name = field.name.replace("_", "-")
-            raise ValueError(f"{name}: got {value}, expected {getattr(args, field.name)} as {run} was trained with")
-        setattr(args, field.name, value)
+    for name in vars(args):
+        new, old = getattr(given, name), getattr(args, name)
+        expect(new == old or name in free, name, new, f"{old}, as {run} was trained with")
+        setattr(args, name, new)
     check_args(args)
     return args, run, saved
 
@@ -969,7 +974,7 @@ def build(args: Args, env: envs.MetaVectorEnv, device: torch.device) -> dict[str
     """The networks of a run, freshly initialised."""
     n, obs_dim = env.num_agents, env.single_observation_space.shape[0]
     actor = Actor(n, obs_dim, args.latent_dim, env.single_action_space, args.hidden_dim, args.share_policy)
-    critic = Critic(n, env.state_dim, args.latent_dim, args.hidden_dim, z_scale=args.latent_dim**-0.5)
+    critic = Critic(n, env.state_dim, args.latent_dim, args.hidden_dim)
     transition_dim = 2 * obs_dim + actor.action_dim + 1  # (o, a, r, o')
     encoder = TaskEncoder(
         n,
@@ -1038,6 +1043,9 @@ if __name__ == "__main__":
         except ValueError as error:
             fail(str(error))
         buffer.data, start = saved["context"].to(device), saved["iteration"]
+        csv_bytes = (run / "meta_test.csv").stat().st_size if (run / "meta_test.csv").is_file() else 0
+        if csv_bytes < saved["csv_bytes"]:
+            fail(f"{run / 'meta_test.csv'}: got {csv_bytes} bytes, expected at least {saved['csv_bytes']}")
 
     if evaluate_only:
         rows = meta_test(args, eval_env, actor, encoder, start, device, curve=True)
@@ -1057,11 +1065,11 @@ if __name__ == "__main__":
     global_step = iteration_steps(args, train_env, start)
     if not saved:
         run = Path(args.run_dir) / (args.run_name or f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}")
-        try:
-            run.mkdir(parents=True)
-            (run / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-        except OSError as error:
-            fail(f"run-dir: got {run} ({error.strerror}), expected a new folder that can be written to")
+    try:
+        run.mkdir(parents=True, exist_ok=bool(saved))
+        (run / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+    except OSError as error:
+        fail(f"run-dir: got {run} ({error.strerror}), expected a new folder that can be written to")
     if args.track:
         import wandb
 
@@ -1099,9 +1107,6 @@ if __name__ == "__main__":
     if not saved:
         evaluate(0, 0, curve=False)
     for iteration in range(start, num_iterations):  # Algorithm 1, line 1
-        for name, optimizer in optimizers.items():
-            optimizer.param_groups[0]["lr"] = learning_rate[name] * (1 - iteration / num_iterations)
-
         # lines 2 to 7: collect transitions for context, on the prior
         begun = time.perf_counter()
         if iteration % args.context_interval == 0:
@@ -1113,6 +1118,8 @@ if __name__ == "__main__":
             buffer.add(data.transition.transpose(0, 1).unflatten(0, (num_tasks, -1)))  # line 6
             encoder.fit_input(buffer.data)
         if iteration == 0:
+            for name in ("phi_g", "phi_l"):
+                optimizers[name].param_groups[0]["lr"] = args.warmup_learning_rate
             for _ in range(args.warmup_updates):
                 update_encoder(args, encoder, buffer, num_tasks, optimizers)
 
@@ -1125,14 +1132,16 @@ if __name__ == "__main__":
             by_context = (args.rollout_contexts, num_tasks)
             local = [p.unflatten(1, by_context).transpose(0, 1)[:, :, task] for p in encoder.local_posterior(x)]
             z_local = draw_z(*local, num_steps)  # [n, T, E, d]
-            all_agents = [p.unflatten(0, by_context)[:, None, task] for p in encoder.global_posterior(x)]
-            z_global = draw_z(*all_agents, num_steps + 1)[0]  # [T + 1, E, d]
+            z_global = encoder.global_posterior(x)[0].unflatten(0, by_context)[0, task]  # [E, d]
+            z_global = z_global.expand(num_steps, -1, -1)  # [T, E, d]
         data = rollout(train_env, actor, tasks.train[task.cpu().numpy()], z_local, env_seed)  # lines 11 and 12
         now = time.perf_counter()
         seconds["rollout"] += now - begun
         begun = now
 
         # lines 14 to 20: update the networks
+        for name, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = learning_rate[name] * (1 - iteration / num_iterations)
         seed_everything(args.seed, iteration, "update")
         metrics = update_mappo(
             args, data, z_local, z_global, task, actor, critic, encoder, value_norm, buffer, optimizers
@@ -1173,6 +1182,7 @@ if __name__ == "__main__":
             content |= dict(csv_bytes=csv_path.stat().st_size, context=buffer.data)
             content["networks"] = {name: network.state_dict() for name, network in networks.items()}
             content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+            writer.flush()
             save_checkpoint(run / "checkpoint.pt", content)
 
     progress.close()

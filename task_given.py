@@ -38,6 +38,7 @@ from tqdm import tqdm
 import envs
 
 SCRIPT = "task_given"
+CHECKPOINT_KEYS = {"args", "iteration", "csv_bytes", "networks", "optimizers"}
 # Table III: what depends on the environment; a flag given by hand wins
 ENV_DEFAULTS = {
     "hunting_target": dict(total_timesteps=500_000, eval_interval=50_000),
@@ -83,6 +84,8 @@ class Args:
     """copies of the environment that gather experience for the policies, E"""
     learning_rate: float = 5e-4
     """of every Adam; decays linearly to 0"""
+    warmup_learning_rate: float = 1e-3
+    """of the encoder's in its warm-up"""
     adam_eps: float = 1e-5
     """epsilon of every Adam"""
     gamma: float = 0.99
@@ -179,14 +182,10 @@ class Actor(nn.Module):
 
 
 class Critic(nn.Module):
-    """V(s, z), one output per agent: [..., state_dim], [..., d] -> [..., n], in units of the value normaliser.
+    """V(s, z), one output per agent: [..., state_dim], [..., d] -> [..., n], in units of the value normaliser."""
 
-    It reads z times `z_scale`: less than 1 makes the gradient of L_Q to the encoder small beside that of L_G.
-    """
-
-    def __init__(self, num_agents: int, state_dim: int, latent_dim: int, hidden_dim: int, z_scale: float):
+    def __init__(self, num_agents: int, state_dim: int, latent_dim: int, hidden_dim: int):
         super().__init__()
-        self.z_scale = z_scale
         self.layers = nn.ModuleList(
             [
                 nn.Linear(state_dim + latent_dim, hidden_dim),
@@ -199,7 +198,7 @@ class Critic(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, state: torch.Tensor, z: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([state, self.z_scale * z], -1)
+        x = torch.cat([state, z], -1)
         for layer in self.layers[:-1]:
             x = F.relu(layer(x))
             x = F.layer_norm(x, x.shape[-1:])
@@ -480,7 +479,7 @@ def make_env(args: Args, num_envs: int) -> envs.MetaVectorEnv:
         name, _, value = setting.partition("=")
         try:
             settings[name] = ast.literal_eval(value)
-        except (SyntaxError, ValueError):
+        except (SyntaxError, TypeError, ValueError):
             raise ValueError(f"env-kwargs: got {setting!r}, expected NAME=NUMBER") from None
     return envs.make(args.env_id, num_envs, 0, **settings)
 
@@ -543,6 +542,9 @@ def load_checkpoint(run: str | Path, device="cpu") -> dict:
     if not isinstance(saved, dict) or saved.get("script") != SCRIPT:
         found = saved.get("script") if isinstance(saved, dict) else type(saved).__name__
         raise ValueError(f"{path}: got a file of {found!r}, expected a checkpoint of {SCRIPT}.py")
+    names = {field.name for field in dataclasses.fields(Args)}
+    if not saved.keys() >= CHECKPOINT_KEYS or not isinstance(saved["args"], dict) or saved["args"].keys() != names:
+        raise ValueError(f"{path}: got a checkpoint of another version, expected one of this {SCRIPT}.py")
     return saved
 
 
@@ -551,6 +553,9 @@ def restore(modules: dict, saved: dict, path) -> None:
     for name, module in modules.items():
         try:
             module.load_state_dict(saved[name])
+            for p, state in getattr(module, "state", {}).items():  # an optimiser's, which does not look at shapes
+                if any(v.dim() and v.shape != p.shape for v in state.values()):
+                    raise ValueError
         except (KeyError, RuntimeError, ValueError):
             raise ValueError(f"{path}: got {name} of another shape, expected that of its own arguments") from None
 
@@ -590,19 +595,16 @@ def parse_args() -> tuple[Args, Path | None, dict | None]:
     run = Path(given.resume or given.meta_test)
     saved = load_checkpoint(run)
     args = Args(**saved["args"])
+    given = tyro.cli(Args, default=Args(**saved["args"]))  # so that what is not given is as it was
     free = {"resume", "meta_test", "capture_video"}
     if given.resume:
         free |= {"total_timesteps", "track", "wandb_project_name", "wandb_entity", "checkpoint_interval"}
     else:
         free |= {"explore_episodes", "test_episodes", "eval_copies", "eval_sample", "seed", "num_threads", "cuda"}
-    for field in dataclasses.fields(Args):
-        value = getattr(given, field.name)
-        if value == field.default or value == getattr(args, field.name):
-            continue
-        if field.name not in free:
-            name = field.name.replace("_", "-")
-            raise ValueError(f"{name}: got {value}, expected {getattr(args, field.name)} as {run} was trained with")
-        setattr(args, field.name, value)
+    for name in vars(args):
+        new, old = getattr(given, name), getattr(args, name)
+        expect(new == old or name in free, name, new, f"{old}, as {run} was trained with")
+        setattr(args, name, new)
     check_args(args)
     return args, run, saved
 
@@ -612,7 +614,7 @@ def build(args: Args, env: envs.MetaVectorEnv, device: torch.device) -> dict[str
     n, obs_dim = env.num_agents, env.single_observation_space.shape[0]
     label_dim = told(env, np.zeros(1, int), args.task_label, 1, device).shape[-1]
     actor = Actor(n, obs_dim, label_dim, env.single_action_space, args.hidden_dim, args.share_policy)
-    critic = Critic(n, env.state_dim, label_dim, args.hidden_dim, z_scale=1)
+    critic = Critic(n, env.state_dim, label_dim, args.hidden_dim)
     networks = dict(actor=actor, critic=critic, value_norm=ValueNorm())
     return {name: network.to(device) for name, network in networks.items()}
 
@@ -658,6 +660,9 @@ if __name__ == "__main__":
         except ValueError as error:
             fail(str(error))
         start = saved["iteration"]
+        csv_bytes = (run / "meta_test.csv").stat().st_size if (run / "meta_test.csv").is_file() else 0
+        if csv_bytes < saved["csv_bytes"]:
+            fail(f"{run / 'meta_test.csv'}: got {csv_bytes} bytes, expected at least {saved['csv_bytes']}")
 
     if evaluate_only:
         rows = meta_test(args, eval_env, actor, start, device, curve=True)
@@ -677,11 +682,11 @@ if __name__ == "__main__":
     global_step = iteration_steps(args, train_env, start)
     if not saved:
         run = Path(args.run_dir) / (args.run_name or f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}")
-        try:
-            run.mkdir(parents=True)
-            (run / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
-        except OSError as error:
-            fail(f"run-dir: got {run} ({error.strerror}), expected a new folder that can be written to")
+    try:
+        run.mkdir(parents=True, exist_ok=bool(saved))
+        (run / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+    except OSError as error:
+        fail(f"run-dir: got {run} ({error.strerror}), expected a new folder that can be written to")
     if args.track:
         import wandb
 
@@ -715,9 +720,6 @@ if __name__ == "__main__":
     if not saved:
         evaluate(0, 0, curve=False)
     for iteration in range(start, num_iterations):  # Algorithm 1, line 1
-        for optimizer in optimizers.values():
-            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
-
         begun = time.perf_counter()
         # lines 8 to 13: collect transitions for RL, told the task
         env_seed = seed_everything(args.seed, iteration, "rollout")
@@ -729,6 +731,8 @@ if __name__ == "__main__":
         begun = now
 
         # lines 14 to 20: update the networks
+        for optimizer in optimizers.values():
+            optimizer.param_groups[0]["lr"] = args.learning_rate * (1 - iteration / num_iterations)
         seed_everything(args.seed, iteration, "update")
         metrics = update_mappo(args, data, z, actor, critic, value_norm, optimizers)
         seconds["ppo"] += time.perf_counter() - now
@@ -761,6 +765,7 @@ if __name__ == "__main__":
             content |= dict(csv_bytes=csv_path.stat().st_size)
             content["networks"] = {name: network.state_dict() for name, network in networks.items()}
             content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+            writer.flush()
             save_checkpoint(run / "checkpoint.pt", content)
 
     progress.close()

@@ -17,10 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch  # noqa: F401  before anything that sets the number of threads
-import mpe2.simple_spread_v3  # isort: skip
-import mpe2.simple_tag_v3  # isort: skip
-import numpy as np  # isort: skip
+import mpe2.simple_spread_v3
+import mpe2.simple_tag_v3
+import numpy as np
 
 import envs
 

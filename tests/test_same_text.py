@@ -1,0 +1,57 @@
+"""The scripts are read one at a time, so they repeat each other: what has the same name must then be the same text."""
+
+import ast
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ["mg2l_mappo.py", "task_given.py"]
+# what differs because the methods do; everything else that two scripts both define must be one text
+MEANT_TO_DIFFER = {
+    "Args",  # each script has flags of its own
+    "update_mappo",  # reads z and trains the encoder, or reads the label
+    "meta_test",  # infers the task, or is told it
+    "summarise",  # accuracies, where something is inferred
+    "write_videos",  # exploration beside what was learnt, or one episode
+    "iteration_steps",  # counts the collection of context
+    "check_args",  # checks the flags of this script
+    "load_agents",  # gives infer, or told
+    "build",  # networks of the method
+}
+
+
+def definitions(script):
+    """Top-level functions and classes of a script, name -> source with decorators and the comments within."""
+    source = (ROOT / script).read_text()
+    lines, found = source.splitlines(), {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
+            assert node.name not in found, f"{script} defines {node.name} twice"
+            found[node.name] = "\n".join(lines[first - 1 : node.end_lineno])
+    return found
+
+
+TEXTS = {script: definitions(script) for script in SCRIPTS}
+SHARED = [(a, b, name) for a, b in combinations(SCRIPTS, 2) for name in TEXTS[a] if name in TEXTS[b]]
+
+
+@pytest.mark.parametrize("a, b, name", [row for row in SHARED if row[2] not in MEANT_TO_DIFFER])
+def test_same_text(a, b, name):
+    assert TEXTS[a][name] == TEXTS[b][name]
+
+
+def test_list_of_differences_is_needed():
+    differ = {name for a, b, name in SHARED if TEXTS[a][name] != TEXTS[b][name]}
+    assert differ >= MEANT_TO_DIFFER  # a name that has become the same leaves the list
+
+
+def test_scripts_share_the_frame():
+    """A renamed function would slip through the comparison above."""
+    frame = {"AgentMLP", "Actor", "Critic", "ValueNorm", "rollout", "gae", "episodic_return", "seed_everything"}
+    frame |= {"policy_loss", "value_loss", "clip_gradient_per_agent", "make_env", "save_checkpoint", "load_checkpoint"}
+    frame |= {"restore", "parse_args", "append_rows", "expect", "fail"}
+    for script in SCRIPTS:
+        assert frame <= TEXTS[script].keys(), script
