@@ -784,20 +784,26 @@ def summarise(rows: list[dict]) -> dict:
 
 
 def write_videos(args, actor, encoder, folder: Path, iteration: int, device) -> None:
-    """For each test task a GIF: an exploration episode on the left, on the right one with what it taught."""
+    """For each test task a GIF: the last exploration episode on the left, on the right one with what they taught."""
     from PIL import Image, ImageDraw
 
     folder.mkdir(exist_ok=True)
     env = make_env(args, 1)
+    num_steps = env.max_episode_steps
     for task in env.tasks.test:
         env_seed = seed_everything(args.seed, iteration, "video") + int(task)
         frames = {"prior (exploration)": [], "posterior (after inference)": []}
-        prior_frames, posterior_frames = frames.values()
-        z = torch.randn(env.num_agents, env.max_episode_steps, 1, args.latent_dim, device=device)
-        data = rollout(env, actor, np.array([task]), z, env_seed, frames=prior_frames)
-        posterior = infer(encoder, [data.transition[:, 0]], args.context_size, args.rollout_contexts, args.latent_dim)
-        z = draw_z(*posterior, env.max_episode_steps)
-        rollout(env, actor, np.array([task]), z, env_seed, greedy=True, frames=posterior_frames)
+        memory = []
+        for episode in reversed(range(args.explore_episodes)):
+            prior_frames, posterior_frames = frames.values()
+            z = torch.randn(env.num_agents, num_steps, 1, args.latent_dim, device=device)
+            kept = None if episode else prior_frames
+            data = rollout(env, actor, np.array([task]), z, env_seed + episode, frames=kept)
+            memory.append(data.transition[first_episode(data.ended)[:, 0], 0])
+        posterior = infer(encoder, [torch.cat(memory)], args.context_size, args.rollout_contexts, args.latent_dim)
+        rollout(
+            env, actor, np.array([task]), draw_z(*posterior, num_steps), env_seed, greedy=True, frames=posterior_frames
+        )
         pictures = []
         for pair in list(zip(*frames.values(), strict=True))[::2]:  # every second step
             picture = Image.fromarray(np.concatenate([np.pad(p, ((24, 0), (4, 4), (0, 0))) for p in pair], axis=1))
@@ -846,7 +852,7 @@ def check_args(args: Args) -> None:
             setattr(args, name, value)
     if args.num_threads == 0:
         args.num_threads = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    zero_is_fine = {"seed", "num_threads", "kl_coef", "ent_coef", "gae_lambda", "explore_episodes", "encoder_blocks"}
+    zero_is_fine = {"seed", "num_threads", "kl_coef", "ent_coef", "gae_lambda", "encoder_blocks"}
     zero_is_fine |= {"encoder_updates", "encoder_dropout", "warmup_updates"}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)

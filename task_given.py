@@ -497,7 +497,7 @@ def check_args(args: Args) -> None:
             setattr(args, name, value)
     if args.num_threads == 0:
         args.num_threads = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
-    zero_is_fine = {"seed", "num_threads", "ent_coef", "gae_lambda", "explore_episodes"}
+    zero_is_fine = {"seed", "num_threads", "ent_coef", "gae_lambda"}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if isinstance(value, int | float) and not isinstance(value, bool):
