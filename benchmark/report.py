@@ -99,10 +99,12 @@ def main() -> None:
             shown = f"{np.mean(accuracy):.2f}" if accuracy else "none"
             print(f"| {setting} | {script} | {seeds} | {prior} | {posterior} | {shown} |")
             curve = np.array([by_seed(step, "posterior", "return") for step in steps])  # [step, seed]
-            axis.plot(steps, curve.mean(1), color=colour, label=f"{script} ({seeds} seeds)")
+            thousands = np.array(steps) / 1000
+            count = f"{seeds} seeds" if seeds > 1 else "one seed"
+            axis.plot(thousands, curve.mean(1), color=colour, label=f"{script} ({count})")
             if seeds > 1:
-                axis.fill_between(steps, curve.min(1), curve.max(1), color=colour, alpha=0.2, linewidth=0)
-        axis.set(title=setting, xlabel="environment steps", ylabel="meta-test return (posterior)")
+                axis.fill_between(thousands, curve.min(1), curve.max(1), color=colour, alpha=0.2, linewidth=0)
+        axis.set(title=setting, xlabel="environment steps (thousands)", ylabel="meta-test return (posterior)")
         axis.legend(fontsize=8)
     figure.suptitle("mean over seeds; the band is their range", fontsize=9)
     figure.tight_layout()
