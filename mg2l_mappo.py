@@ -43,7 +43,7 @@ import envs
 
 SCRIPT = "mg2l_mappo"
 CHECKPOINT_KEYS = {"args", "iteration", "csv_bytes", "networks", "optimizers", "context"}
-# Table III: what depends on the environment; a flag given by hand wins
+# Table III, but for buffer_size (there 100,000): what depends on the environment; a flag given by hand wins
 ENV_DEFAULTS = {
     "hunting_target": dict(total_timesteps=500_000, buffer_size=300_000, context_size=32, eval_interval=50_000),
     "spread_target": dict(total_timesteps=500_000, buffer_size=300_000, context_size=32, eval_interval=50_000),

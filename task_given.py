@@ -79,7 +79,7 @@ class Args:
 
     # MAPPO (Tables I and II)
     total_timesteps: int | None = None
-    """steps of one environment copy, summed over copies, context collection included (default: Table III)"""
+    """steps of one environment copy, summed over copies (default: Table III)"""
     num_envs: int = 32
     """copies of the environment that gather experience for the policies, E"""
     learning_rate: float = 5e-4
