@@ -43,17 +43,30 @@ import envs
 
 SCRIPT = "mg2l_mappo"
 CHECKPOINT_KEYS = {"args", "iteration", "csv_bytes", "networks", "optimizers", "context"}
-# Table III, but for buffer_size (there 100,000): what depends on the environment; a flag given by hand wins
-ENV_DEFAULTS = {
-    "hunting_target": dict(total_timesteps=500_000, buffer_size=300_000, context_size=32, eval_interval=50_000),
-    "spread_target": dict(total_timesteps=500_000, buffer_size=300_000, context_size=32, eval_interval=50_000),
+# What depends on the environment; a flag given by hand wins. The first four rows are Table III (its batch size is our
+# context_size), where the particle environments have 100,000 and 32; the others fit the encoder's cost.
+# fmt: off
+ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
+    "total_timesteps": (500_000, 500_000, 5_000_000, 2_000_000, 500_000, 1_000_000),
+    "eval_interval":   (50_000, 50_000, 500_000, 200_000, 50_000, 100_000),
+    "buffer_size":     (300_000, 300_000, 1_000_000, 500_000, 100_000, 200_000),
+    "context_size":    (64, 64, 512, 512, 64, 128),
+    "context_sets":    (12, 12, 6, 2, 4, 2),
+    "rollout_contexts": (16, 16, 8, 2, 8, 2),
+    "encoder_updates": (5, 5, 5, 3, 5, 5),
+    "warmup_episodes": (200, 200, 10, 2, 20, 4),
+    "warmup_updates":  (1000, 1000, 200, 60, 300, 60),
+    "context_copies":  (2, 2, 1, 1, 1, 1),
+    "context_interval": (1, 1, 1, 5, 2, 2),
+    "share_policy":    (False, False, False, False, False, True),
 }
+# fmt: on
 
 
 @dataclass
 class Args:
     env_id: str = "hunting_target"
-    """the meta-environment: hunting_target or spread_target"""
+    """hunting_target, spread_target, halfcheetah_dir, hopper_param, rware_layout or magent_gather"""
     env_kwargs: tuple[str, ...] = ()
     """settings of the environment, e.g. num_preys=2 radius=1.0"""
     seed: int = 1
@@ -88,10 +101,8 @@ class Args:
     """copies of the environment that gather experience for the policies, E"""
     learning_rate: float = 5e-4
     """of every Adam; decays linearly to 0"""
-    warmup_learning_rate: float = 1e-3
-    """of the encoder's in its warm-up"""
     encoder_learning_rate: float = 2e-4
-    """of the encoder's after that: slow, since the policies must keep up with what z means (Table II: as the others)"""
+    """of the encoder after its warm-up: slow, since the policies must keep up with what z means (Table II: as all)"""
     adam_eps: float = 1e-5
     """epsilon of every Adam"""
     gamma: float = 0.99
@@ -110,8 +121,8 @@ class Args:
     """gradient clipping: each actor, the critic, and each part of the encoder by itself"""
     hidden_dim: int = 128
     """width of the two hidden layers of actors and critic"""
-    share_policy: bool = False
-    """one actor and one local encoder for all agents, told the agent's id: sensible above 8 agents"""
+    share_policy: bool | None = None
+    """one actor and one local encoder for all agents, told the agent's id (default: magent_gather)"""
 
     # task representation (Tables I to III)
     latent_dim: int = 64
@@ -124,9 +135,9 @@ class Args:
     """heads of each attention block"""
     critic_coef: float = 0.1
     """weight of L_Q beside L_G in what the encoder learns (Algorithm 1: 1)"""
-    encoder_dropout: float = 0.1
+    encoder_dropout: float = 0.2
     """share of the entries of transitions that are hidden while the encoder learns, so that it can't learn by heart"""
-    kl_coef: float = 0.01
+    kl_coef: float = 0.001
     """alpha, the weight of the KL to the prior, mean over dimensions (Table II: 0.1)"""
     local_loss: Literal["infonce", "cmi", "kl"] = "infonce"
     """L_L: infonce contrasts z^i alone, cmi is eq. 24 as printed, kl is the consistency loss of section V-F"""
@@ -140,19 +151,19 @@ class Args:
     """transitions of single agents that the context buffers of all tasks hold together (default: Table III)"""
     context_episodes: int = 2
     """episodes that one context is drawn from"""
-    context_copies: int = 2
+    context_copies: int | None = None
     """episodes gathered per training task in each collection of context"""
-    warmup_episodes: int = 100
+    warmup_episodes: int | None = None
     """episodes gathered per training task in the first collection, before anything is learnt"""
-    warmup_updates: int = 600
+    warmup_updates: int | None = None
     """steps on L_G + L_L right after it, so that the policies have a representation to begin with"""
-    context_interval: int = 1
+    context_interval: int | None = None
     """iterations between two collections of context"""
-    encoder_updates: int = 5
+    encoder_updates: int | None = None
     """steps on L_G + L_L in an iteration"""
-    context_sets: int = 12
+    context_sets: int | None = None
     """sets of one context per training task in each of these steps; every context is compared with all other sets"""
-    rollout_contexts: int = 16
+    rollout_contexts: int | None = None
     """contexts encoded per task before a rollout; each step picks one"""
 
     # meta-test (Algorithm 2)
@@ -230,13 +241,8 @@ class Critic(nn.Module):
 
     def __init__(self, num_agents: int, state_dim: int, latent_dim: int, hidden_dim: int):
         super().__init__()
-        self.layers = nn.ModuleList(
-            [
-                nn.Linear(state_dim + latent_dim, hidden_dim),
-                nn.Linear(hidden_dim, hidden_dim),
-                nn.Linear(hidden_dim, num_agents),
-            ]
-        )
+        sizes = [state_dim + latent_dim, hidden_dim, hidden_dim, num_agents]
+        self.layers = nn.ModuleList([nn.Linear(*shape) for shape in zip(sizes[:-1], sizes[1:], strict=True)])
         for layer, gain in zip(self.layers, (math.sqrt(2), math.sqrt(2), 1), strict=True):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
@@ -276,12 +282,8 @@ class PIA(nn.Module):
     def __init__(self, dim: int, blocks: int, heads: int):
         super().__init__()
         # LayerNorm before attention and MLP, residual around both
-        self.blocks = nn.Sequential(
-            *[
-                nn.TransformerEncoderLayer(dim, heads, dim, dropout=0.0, batch_first=True, norm_first=True)
-                for _ in range(blocks)
-            ]
-        )
+        block = dict(dim_feedforward=dim, dropout=0.0, batch_first=True, norm_first=True)
+        self.blocks = nn.Sequential(*[nn.TransformerEncoderLayer(dim, heads, **block) for _ in range(blocks)])
         self.query = nn.Parameter(torch.randn(dim))  # Q
         self.key = nn.Linear(dim, dim, bias=False)  # W_k
         self.value = nn.Linear(dim, dim, bias=False)  # W_v
@@ -323,8 +325,9 @@ class TaskEncoder(nn.Module):
     def fit_input(self, transitions: torch.Tensor) -> None:
         """Take the mean and standard deviation of every entry of a transition from [..., transition_dim]."""
         flat = transitions.flatten(0, -2)
-        self.mean.copy_(flat.mean(0))
-        self.std.copy_(flat.std(0).clamp(min=1e-2))
+        std, mean = torch.std_mean(flat, 0)
+        self.mean.copy_(mean)
+        self.std.copy_(std.clamp(min=1e-2))
 
     def embed(self, context: torch.Tensor, training: bool = False) -> torch.Tensor:
         """context [Q, n, B, transition_dim] -> x^i, what each agent's transitions say together, [Q, n, encoder_dim]."""
@@ -349,8 +352,13 @@ class TaskEncoder(nn.Module):
 
 
 def to_gaussian(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A head's output as mean and standard deviation.
+
+    Means near the corners of the cube: contexts of one task differ a little, and a policy that reads the difference
+    reads noise. Standard deviations start at 0.13: noise of 1 would hide what little is known.
+    """
     mean, spread = raw.chunk(2, -1)
-    return mean, F.softplus(spread - 2) + 1e-6  # starts at 0.13: noise of 1 would hide what little is known
+    return torch.tanh(3 * mean), F.softplus(spread - 2) + 1e-6
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -489,11 +497,10 @@ def rollout(env, actor, task, z, seed, greedy=False, frames=None) -> SimpleNames
 
     A copy that ends starts again on the same task. `frames`, a list, gets a picture of copy 0 at every step.
     Returns tensors: obs, next_obs [n, T, E, obs_dim], action [n, T, E(, act_dim)], log_prob [n, T, E], reward
-    [T, E, n], state, next_state [T, E, state_dim], terminated, ended [T, E], transition [T, E, n, transition_dim].
-    next_obs and next_state are what an action led to, also where the copy then started again.
+    [T, E, n], state, next_state [T, E, state_dim], terminated, ended [T, E]. next_obs and next_state are what an action
+    led to, also where the copy then started again.
     """
-    steps = {key: [] for key in ("obs", "action", "log_prob", "reward", "next_obs")}
-    steps |= {key: [] for key in ("state", "next_state", "terminated", "ended")}
+    steps = []
     obs, _ = env.reset(seed=seed, options={"task": task})
     for t in range(z.shape[1]):
         if frames is not None:
@@ -507,18 +514,22 @@ def rollout(env, actor, task, z, seed, greedy=False, frames=None) -> SimpleNames
         if ended.any():
             next_obs = np.where(ended[:, None, None], info["final_obs"], obs)
             next_state = np.where(ended[:, None], info["final_state"], next_state)
-        new = (obs_in, action, policy.log_prob(action), reward, next_obs.swapaxes(0, 1), state, next_state)
-        for key, value in zip(
-            ("obs", "action", "log_prob", "reward", "next_obs", "state", "next_state"), new, strict=True
-        ):
-            steps[key].append(torch.as_tensor(value))
-        steps["terminated"].append(torch.from_numpy(terminated))
-        steps["ended"].append(torch.from_numpy(ended))
+        step = dict(obs=obs_in, action=action, log_prob=policy.log_prob(action), next_obs=next_obs.swapaxes(0, 1))
+        step |= dict(reward=reward, state=state, next_state=next_state, terminated=terminated, ended=ended)
+        steps.append(step)
     agents_first = ("obs", "action", "log_prob", "next_obs")
-    out = {k: torch.stack(v, dim=1 if k in agents_first else 0).to(z.device) for k, v in steps.items()}
-    action = F.one_hot(out["action"], actor.action_dim).float() if actor.discrete else out["action"]
-    own = torch.cat([out["obs"], action, out["reward"].permute(2, 0, 1)[..., None], out["next_obs"]], -1)
-    return SimpleNamespace(**out, transition=own.permute(1, 2, 0, 3))  # c_t^i = (o, a, r, o')
+    stacked = {
+        key: torch.stack([torch.as_tensor(step[key]) for step in steps], dim=int(key in agents_first)).to(z.device)
+        for key in steps[0]
+    }
+    return SimpleNamespace(**stacked)
+
+
+def transitions(data: SimpleNamespace, actor: Actor) -> torch.Tensor:
+    """What each agent goes through, c_t^i = (o, a, r, o'), from a rollout: [T, E, n, transition_dim]."""
+    action = F.one_hot(data.action, actor.action_dim).float() if actor.discrete else data.action
+    own = torch.cat([data.obs, action, data.reward.permute(2, 0, 1)[..., None], data.next_obs], -1)
+    return own.permute(1, 2, 0, 3)
 
 
 def first_episode(ended: torch.Tensor) -> torch.Tensor:
@@ -568,16 +579,9 @@ def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, va
         value = critic(data.state, z_global)  # [T, E, n]
         next_value = critic(data.next_state, z_global)
         mean, std = value_norm.mean_std()
-        advantage = gae(
-            data.reward,
-            value * std + mean,
-            next_value * std + mean,
-            data.terminated,
-            data.ended,
-            args.gamma,
-            args.gae_lambda,
-        )
-        returns = advantage + value * std + mean
+        now, later = value * std + mean, next_value * std + mean  # in units of reward
+        advantage = gae(data.reward, now, later, data.terminated, data.ended, args.gamma, args.gae_lambda)
+        returns = advantage + now
         value_norm.update(returns)
         mean, std = value_norm.mean_std()
         explained_variance = 1 - advantage.var() / returns.var()
@@ -587,14 +591,13 @@ def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, va
         obs, z_local = data.obs.flatten(1, 2), z_local.flatten(1, 2)  # [n, T * E, ...]
         action, old_log_prob = data.action.flatten(1, 2), data.log_prob.flatten(1, 2)
 
+    present, of_copy = task.unique(return_inverse=True)  # N' tasks; one context does for all copies on a task
     for epoch in range(args.update_epochs):
         # line 17: the critic and, through z, the global part of the encoder
-        context = buffer.sample(
-            task, args.context_size, args.context_episodes
-        )  # [E, n, B, transition_dim], fresh in every epoch
-        z, _ = encoder.global_posterior(encoder.embed(context, training=True))  # [E, d], the mean: noise costs accuracy
+        context = buffer.sample(present, args.context_size, args.context_episodes)  # fresh in every epoch
+        z, _ = encoder.global_posterior(encoder.embed(context, training=True))  # [N', d], means: noise costs accuracy
         z = z.detach() + args.critic_coef * (z - z.detach())  # the same z, a smaller gradient
-        z = z.expand(len(data.state), -1, -1)  # [T, E, d]
+        z = z[of_copy].expand(len(data.state), -1, -1)  # [T, E, d]
         loss_q = value_loss(critic(data.state, z), value, target, args.clip_coef, args.huber_delta)
         optimizers["critic"].zero_grad()
         optimizers["phi_g"].zero_grad()
@@ -752,8 +755,8 @@ def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) ->
     for episode in range(args.explore_episodes):  # lines 1 to 7
         z = torch.randn(n, num_steps, num_envs, args.latent_dim, device=device)  # line 3
         data = rollout(env, actor, task, z, env_seed + episode)
-        kept = first_episode(data.ended)  # [T, E]
-        memory = [torch.cat([old, data.transition[kept[:, e], e]]) for e, old in enumerate(memory)]
+        lived, kept = transitions(data, actor), first_episode(data.ended)  # [T, E, n, transition_dim], [T, E]
+        memory = [torch.cat([old, lived[kept[:, e], e]]) for e, old in enumerate(memory)]
         record("prior", episode, [()] * num_envs, data)
     posterior = infer(encoder, memory, args.context_size, args.rollout_contexts, args.latent_dim)  # lines 6 and 10
     for episode in range(args.explore_episodes, args.test_episodes):  # lines 8 to 13
@@ -799,11 +802,10 @@ def write_videos(args, actor, encoder, folder: Path, iteration: int, device) -> 
             z = torch.randn(env.num_agents, num_steps, 1, args.latent_dim, device=device)
             kept = None if episode else prior_frames
             data = rollout(env, actor, np.array([task]), z, env_seed + episode, frames=kept)
-            memory.append(data.transition[first_episode(data.ended)[:, 0], 0])
+            memory.append(transitions(data, actor)[first_episode(data.ended)[:, 0], 0])
         posterior = infer(encoder, [torch.cat(memory)], args.context_size, args.rollout_contexts, args.latent_dim)
-        rollout(
-            env, actor, np.array([task]), draw_z(*posterior, num_steps), env_seed, greedy=True, frames=posterior_frames
-        )
+        z = draw_z(*posterior, num_steps)
+        rollout(env, actor, np.array([task]), z, env_seed, greedy=True, frames=posterior_frames)
         pictures = []
         for pair in list(zip(*frames.values(), strict=True))[::2]:  # every second step
             picture = Image.fromarray(np.concatenate([np.pad(p, ((24, 0), (4, 4), (0, 0))) for p in pair], axis=1))
@@ -847,9 +849,9 @@ def iteration_steps(args: Args, env, iterations: int) -> int:
 def check_args(args: Args) -> None:
     """Fill in what depends on the environment. Raises ValueError: what came and what was expected."""
     env = make_env(args, 1)
-    for name, value in ENV_DEFAULTS[args.env_id].items():
+    for name, by_env in ENV_DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, by_env[envs.ENV_IDS.index(args.env_id)])
     if args.num_threads == 0:
         args.num_threads = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     zero_is_fine = {"seed", "num_threads", "kl_coef", "ent_coef", "gae_lambda", "encoder_blocks"}
@@ -862,18 +864,15 @@ def check_args(args: Args) -> None:
     n, num_tasks = env.num_agents, len(env.tasks.train)
     expect(args.gamma <= 1, "gamma", args.gamma, "at most 1")
     expect(args.gae_lambda <= 1, "gae_lambda", args.gae_lambda, "at most 1")
-    expect(
-        args.test_episodes > args.explore_episodes, "test_episodes", args.test_episodes, "more than explore_episodes"
-    )
+    more = args.test_episodes > args.explore_episodes
+    expect(more, "test_episodes", args.test_episodes, "more than explore_episodes")
     expect(args.eval_copies >= len(env.tasks.test), "eval_copies", args.eval_copies, "at least one per test task")
     expect(args.encoder_dropout < 1, "encoder_dropout", args.encoder_dropout, "less than 1")
     expect(args.context_sets > 1, "context_sets", args.context_sets, "at least 2 to compare")
     expect(args.encoder_dim % args.encoder_heads == 0, "encoder_heads", args.encoder_heads, "a divisor of encoder_dim")
     expect(num_tasks > 1, "env_kwargs", f"{num_tasks} training task", "at least 2 to tell apart")
-    holds = args.buffer_size // (num_tasks * n)
-    expect(
-        args.context_size <= holds, "context_size", args.context_size, f"at most {holds}, the buffer's share of a task"
-    )
+    share = args.buffer_size // (num_tasks * n)
+    expect(args.context_size <= share, "context_size", args.context_size, f"at most {share}, a task's share of buffer")
     one = iteration_steps(args, env, 1)
     expect(args.total_timesteps >= one, "total_timesteps", args.total_timesteps, f"at least one iteration, {one}")
 
@@ -982,16 +981,9 @@ def build(args: Args, env: envs.MetaVectorEnv, device: torch.device) -> dict[str
     actor = Actor(n, obs_dim, args.latent_dim, env.single_action_space, args.hidden_dim, args.share_policy)
     critic = Critic(n, env.state_dim, args.latent_dim, args.hidden_dim)
     transition_dim = 2 * obs_dim + actor.action_dim + 1  # (o, a, r, o')
-    encoder = TaskEncoder(
-        n,
-        transition_dim,
-        args.encoder_dim,
-        args.latent_dim,
-        args.encoder_blocks,
-        args.encoder_heads,
-        args.encoder_dropout,
-        args.share_policy,
-    )
+    attention = dict(blocks=args.encoder_blocks, heads=args.encoder_heads, dropout=args.encoder_dropout)
+    dims = (transition_dim, args.encoder_dim, args.latent_dim)
+    encoder = TaskEncoder(n, *dims, shared=args.share_policy, **attention)
     networks = dict(actor=actor, critic=critic, encoder=encoder, value_norm=ValueNorm())
     return {name: network.to(device) for name, network in networks.items()}
 
@@ -1033,11 +1025,10 @@ if __name__ == "__main__":
         "phi_g": encoder.phi_g(),
         "phi_l": encoder.phi_l(),
     }
-    learning_rate = dict(actor=args.learning_rate, critic=args.learning_rate)
-    learning_rate |= dict.fromkeys(("phi_g", "phi_l"), args.encoder_learning_rate)
+    slow, fast = args.encoder_learning_rate, args.learning_rate
+    learning_rate = dict(actor=fast, critic=fast, phi_g=slow, phi_l=slow)  # after the encoder's warm-up
     optimizers = {
-        name: torch.optim.Adam(params, lr=learning_rate[name], eps=args.adam_eps, fused=True)
-        for name, params in parameters.items()
+        name: torch.optim.Adam(params, lr=fast, eps=args.adam_eps, fused=True) for name, params in parameters.items()
     }
     n, num_steps, d = train_env.num_agents, train_env.max_episode_steps, args.latent_dim
     buffer = ContextBuffer(max(1, args.buffer_size // (num_tasks * n * num_steps)))
@@ -1079,28 +1070,17 @@ if __name__ == "__main__":
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=run.name,
-            dir=str(run),
-            config=dataclasses.asdict(args),
-            sync_tensorboard=True,
-        )
+        where = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, dir=str(run))
+        wandb.init(**where, config=dataclasses.asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(str(run), purge_step=global_step + 1 if saved else None)
     csv_path = run / "meta_test.csv"
     if saved:
         with open(csv_path, "a") as file:
             file.truncate(saved["csv_bytes"])  # what was written after the checkpoint is done again
-    print(
-        f"{run}: {args.total_timesteps:,} steps (one joint step of one copy each), {args.num_threads} threads, {device}"
-    )
+    print(f"{run}: {args.total_timesteps:,} steps (joint steps of one copy), {args.num_threads} threads, {device}")
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True)
-    start_time, start_step, seconds = (
-        time.time(),
-        global_step,
-        dict.fromkeys(("rollout", "ppo", "encoder", "eval"), 0.0),
-    )
+    start_time, start_step = time.time(), global_step
+    seconds = dict.fromkeys(("rollout", "ppo", "encoder", "eval"), 0.0)
 
     def evaluate(iteration: int, step: int, curve: bool) -> None:
         begun = time.perf_counter()
@@ -1121,11 +1101,9 @@ if __name__ == "__main__":
             z = torch.randn(n, num_steps, context_env.num_envs, d, device=device)  # line 4
             each_task = np.repeat(tasks.train, context_env.num_envs // num_tasks)
             data = rollout(context_env, actor, each_task, z, env_seed)  # line 5
-            buffer.add(data.transition.transpose(0, 1).unflatten(0, (num_tasks, -1)))  # line 6
+            buffer.add(transitions(data, actor).transpose(0, 1).unflatten(0, (num_tasks, -1)))  # line 6
             encoder.fit_input(buffer.data)
         if iteration == 0:
-            for name in ("phi_g", "phi_l"):
-                optimizers[name].param_groups[0]["lr"] = args.warmup_learning_rate
             for _ in range(args.warmup_updates):
                 update_encoder(args, encoder, buffer, num_tasks, optimizers)
 
@@ -1149,9 +1127,8 @@ if __name__ == "__main__":
         for name, optimizer in optimizers.items():
             optimizer.param_groups[0]["lr"] = learning_rate[name] * (1 - iteration / num_iterations)
         seed_everything(args.seed, iteration, "update")
-        metrics = update_mappo(
-            args, data, z_local, z_global, task, actor, critic, encoder, value_norm, buffer, optimizers
-        )
+        experience = (data, z_local, z_global, task)
+        metrics = update_mappo(args, *experience, actor, critic, encoder, value_norm, buffer, optimizers)
         now = time.perf_counter()
         seconds["ppo"] += now - begun
         begun = now

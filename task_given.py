@@ -39,17 +39,20 @@ import envs
 
 SCRIPT = "task_given"
 CHECKPOINT_KEYS = {"args", "iteration", "csv_bytes", "networks", "optimizers"}
-# Table III: what depends on the environment; a flag given by hand wins
-ENV_DEFAULTS = {
-    "hunting_target": dict(total_timesteps=500_000, eval_interval=50_000),
-    "spread_target": dict(total_timesteps=500_000, eval_interval=50_000),
+# What depends on the environment (Table III); a flag given by hand wins.
+# fmt: off
+ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
+    "total_timesteps": (500_000, 500_000, 5_000_000, 2_000_000, 500_000, 1_000_000),
+    "eval_interval":   (50_000, 50_000, 500_000, 200_000, 50_000, 100_000),
+    "share_policy":    (False, False, False, False, False, True),
 }
+# fmt: on
 
 
 @dataclass
 class Args:
     env_id: str = "hunting_target"
-    """the meta-environment: hunting_target or spread_target"""
+    """hunting_target, spread_target, halfcheetah_dir, hopper_param, rware_layout or magent_gather"""
     env_kwargs: tuple[str, ...] = ()
     """settings of the environment, e.g. num_preys=2 radius=1.0"""
     seed: int = 1
@@ -84,8 +87,6 @@ class Args:
     """copies of the environment that gather experience for the policies, E"""
     learning_rate: float = 5e-4
     """of every Adam; decays linearly to 0"""
-    warmup_learning_rate: float = 1e-3
-    """of the encoder's in its warm-up"""
     adam_eps: float = 1e-5
     """epsilon of every Adam"""
     gamma: float = 0.99
@@ -104,8 +105,8 @@ class Args:
     """gradient clipping: each actor, the critic, and each part of the encoder by itself"""
     hidden_dim: int = 128
     """width of the two hidden layers of actors and critic"""
-    share_policy: bool = False
-    """one actor and one local encoder for all agents, told the agent's id: sensible above 8 agents"""
+    share_policy: bool | None = None
+    """one actor and one local encoder for all agents, told the agent's id (default: magent_gather)"""
 
     # what the agents are told
     task_label: Literal["one-hot", "parameters", "none"] = "one-hot"
@@ -186,13 +187,8 @@ class Critic(nn.Module):
 
     def __init__(self, num_agents: int, state_dim: int, latent_dim: int, hidden_dim: int):
         super().__init__()
-        self.layers = nn.ModuleList(
-            [
-                nn.Linear(state_dim + latent_dim, hidden_dim),
-                nn.Linear(hidden_dim, hidden_dim),
-                nn.Linear(hidden_dim, num_agents),
-            ]
-        )
+        sizes = [state_dim + latent_dim, hidden_dim, hidden_dim, num_agents]
+        self.layers = nn.ModuleList([nn.Linear(*shape) for shape in zip(sizes[:-1], sizes[1:], strict=True)])
         for layer, gain in zip(self.layers, (math.sqrt(2), math.sqrt(2), 1), strict=True):
             nn.init.orthogonal_(layer.weight, gain)
             nn.init.zeros_(layer.bias)
@@ -269,11 +265,10 @@ def rollout(env, actor, task, z, seed, greedy=False, frames=None) -> SimpleNames
 
     A copy that ends starts again on the same task. `frames`, a list, gets a picture of copy 0 at every step.
     Returns tensors: obs, next_obs [n, T, E, obs_dim], action [n, T, E(, act_dim)], log_prob [n, T, E], reward
-    [T, E, n], state, next_state [T, E, state_dim], terminated, ended [T, E], transition [T, E, n, transition_dim].
-    next_obs and next_state are what an action led to, also where the copy then started again.
+    [T, E, n], state, next_state [T, E, state_dim], terminated, ended [T, E]. next_obs and next_state are what an action
+    led to, also where the copy then started again.
     """
-    steps = {key: [] for key in ("obs", "action", "log_prob", "reward", "next_obs")}
-    steps |= {key: [] for key in ("state", "next_state", "terminated", "ended")}
+    steps = []
     obs, _ = env.reset(seed=seed, options={"task": task})
     for t in range(z.shape[1]):
         if frames is not None:
@@ -287,18 +282,15 @@ def rollout(env, actor, task, z, seed, greedy=False, frames=None) -> SimpleNames
         if ended.any():
             next_obs = np.where(ended[:, None, None], info["final_obs"], obs)
             next_state = np.where(ended[:, None], info["final_state"], next_state)
-        new = (obs_in, action, policy.log_prob(action), reward, next_obs.swapaxes(0, 1), state, next_state)
-        for key, value in zip(
-            ("obs", "action", "log_prob", "reward", "next_obs", "state", "next_state"), new, strict=True
-        ):
-            steps[key].append(torch.as_tensor(value))
-        steps["terminated"].append(torch.from_numpy(terminated))
-        steps["ended"].append(torch.from_numpy(ended))
+        step = dict(obs=obs_in, action=action, log_prob=policy.log_prob(action), next_obs=next_obs.swapaxes(0, 1))
+        step |= dict(reward=reward, state=state, next_state=next_state, terminated=terminated, ended=ended)
+        steps.append(step)
     agents_first = ("obs", "action", "log_prob", "next_obs")
-    out = {k: torch.stack(v, dim=1 if k in agents_first else 0).to(z.device) for k, v in steps.items()}
-    action = F.one_hot(out["action"], actor.action_dim).float() if actor.discrete else out["action"]
-    own = torch.cat([out["obs"], action, out["reward"].permute(2, 0, 1)[..., None], out["next_obs"]], -1)
-    return SimpleNamespace(**out, transition=own.permute(1, 2, 0, 3))  # c_t^i = (o, a, r, o')
+    stacked = {
+        key: torch.stack([torch.as_tensor(step[key]) for step in steps], dim=int(key in agents_first)).to(z.device)
+        for key in steps[0]
+    }
+    return SimpleNamespace(**stacked)
 
 
 def first_episode(ended: torch.Tensor) -> torch.Tensor:
@@ -347,16 +339,9 @@ def update_mappo(args, data, z, actor, critic, value_norm, optimizers) -> dict:
         value = critic(data.state, z[0])  # [T, E, n]
         next_value = critic(data.next_state, z[0])
         mean, std = value_norm.mean_std()
-        advantage = gae(
-            data.reward,
-            value * std + mean,
-            next_value * std + mean,
-            data.terminated,
-            data.ended,
-            args.gamma,
-            args.gae_lambda,
-        )
-        returns = advantage + value * std + mean
+        now, later = value * std + mean, next_value * std + mean  # in units of reward
+        advantage = gae(data.reward, now, later, data.terminated, data.ended, args.gamma, args.gae_lambda)
+        returns = advantage + now
         value_norm.update(returns)
         mean, std = value_norm.mean_std()
         explained_variance = 1 - advantage.var() / returns.var()
@@ -411,7 +396,8 @@ def meta_test(args, env, actor, iteration: int, device, curve: bool) -> list[dic
     """
     env_seed = seed_everything(args.seed, iteration, "meta-test")
     num_steps, num_envs = env.max_episode_steps, env.num_envs
-    task = np.resize(env.tasks.test, num_envs)  # spread evenly
+    tested = env.tasks.train if args.task_label == "one-hot" else env.tasks.test  # held-out tasks have no one-hot
+    task = np.resize(tested, num_envs)  # spread evenly
     z = told(env, task, args.task_label, num_steps, device)
     rows = []
 
@@ -492,9 +478,9 @@ def iteration_steps(args: Args, env, iterations: int) -> int:
 def check_args(args: Args) -> None:
     """Fill in what depends on the environment. Raises ValueError: what came and what was expected."""
     env = make_env(args, 1)
-    for name, value in ENV_DEFAULTS[args.env_id].items():
+    for name, by_env in ENV_DEFAULTS.items():
         if getattr(args, name) is None:
-            setattr(args, name, value)
+            setattr(args, name, by_env[envs.ENV_IDS.index(args.env_id)])
     if args.num_threads == 0:
         args.num_threads = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     zero_is_fine = {"seed", "num_threads", "ent_coef", "gae_lambda"}
@@ -505,9 +491,8 @@ def check_args(args: Args) -> None:
             expect(fine, field.name, value, f"a number {'of at least' if field.name in zero_is_fine else 'above'} 0")
     expect(args.gamma <= 1, "gamma", args.gamma, "at most 1")
     expect(args.gae_lambda <= 1, "gae_lambda", args.gae_lambda, "at most 1")
-    expect(
-        args.test_episodes > args.explore_episodes, "test_episodes", args.test_episodes, "more than explore_episodes"
-    )
+    more = args.test_episodes > args.explore_episodes
+    expect(more, "test_episodes", args.test_episodes, "more than explore_episodes")
     expect(args.eval_copies >= len(env.tasks.test), "eval_copies", args.eval_copies, "at least one per test task")
     one = iteration_steps(args, env, 1)
     expect(args.total_timesteps >= one, "total_timesteps", args.total_timesteps, f"at least one iteration, {one}")
@@ -690,24 +675,17 @@ if __name__ == "__main__":
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name,
-            entity=args.wandb_entity,
-            name=run.name,
-            dir=str(run),
-            config=dataclasses.asdict(args),
-            sync_tensorboard=True,
-        )
+        where = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, dir=str(run))
+        wandb.init(**where, config=dataclasses.asdict(args), sync_tensorboard=True)
     writer = SummaryWriter(str(run), purge_step=global_step + 1 if saved else None)
     csv_path = run / "meta_test.csv"
     if saved:
         with open(csv_path, "a") as file:
             file.truncate(saved["csv_bytes"])  # what was written after the checkpoint is done again
-    print(
-        f"{run}: {args.total_timesteps:,} steps (one joint step of one copy each), {args.num_threads} threads, {device}"
-    )
+    print(f"{run}: {args.total_timesteps:,} steps (joint steps of one copy), {args.num_threads} threads, {device}")
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True)
-    start_time, start_step, seconds = (time.time(), global_step, dict.fromkeys(("rollout", "ppo", "eval"), 0.0))
+    start_time, start_step = time.time(), global_step
+    seconds = dict.fromkeys(("rollout", "ppo", "eval"), 0.0)
 
     def evaluate(iteration: int, step: int, curve: bool) -> None:
         begun = time.perf_counter()

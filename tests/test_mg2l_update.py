@@ -375,7 +375,6 @@ def test_rollout_acts_on_the_z_of_each_step_and_copy():
     (k,), s = env.single_observation_space.shape, env.state_dim
     sizes = dict(obs=(3, 7, 4, k), next_obs=(3, 7, 4, k), action=(3, 7, 4, 2), log_prob=(3, 7, 4), reward=(7, 4, 3))
     sizes |= dict(state=(7, 4, s), next_state=(7, 4, s), terminated=(7, 4), ended=(7, 4))
-    sizes |= dict(transition=(7, 4, 3, 2 * k + 3))
     assert {name: tuple(value.shape) for name, value in vars(data).items()} == sizes
     for t in range(7):
         policy = nets.actor(data.obs[:, t], z[:, t])
@@ -392,6 +391,7 @@ def test_transitions_are_what_an_agent_saw_did_got_and_saw_next(name):
     env = make_env(name, 3)
     args, nets, _, _ = small(env)
     data, *_ = experience(env, args, nets, num_steps=8)
+    lived = mg2l.transitions(data, nets.actor)
     for t in range(8):
         for e in range(3):
             for i in range(env.num_agents):
@@ -399,8 +399,8 @@ def test_transitions_are_what_an_agent_saw_did_got_and_saw_next(name):
                 if name == "toy":
                     action = torch.eye(3)[action]
                 parts = [data.obs[i, t, e], action, data.reward[t, e, i].view(1), data.next_obs[i, t, e]]
-                assert torch.equal(data.transition[t, e, i], torch.cat(parts))
-    assert data.transition.shape == (8, 3, env.num_agents, len(nets.encoder.mean))
+                assert torch.equal(lived[t, e, i], torch.cat(parts))
+    assert lived.shape == (8, 3, env.num_agents, len(nets.encoder.mean))
 
 
 def test_rollout_with_discrete_actions_that_end_episodes():
@@ -661,12 +661,15 @@ def test_every_epoch_has_fresh_contexts_of_each_copys_task(monkeypatch):
     assert steps == dict(actor=3, critic=3, phi_g=3, phi_l=0)  # one of the encoder per epoch, none per agent
     assert len(contexts) == 3
     for call in contexts:
-        assert call.context.shape[:2] == (5, 3) and (call.context[..., 0] == task[:, None, None]).all()
+        present = task.unique()  # one context does for all copies on a task
+        assert call.context.shape[:2] == (len(present), 3) and (call.context[..., 0] == present[:, None, None]).all()
     assert not torch.equal(contexts[0].context, contexts[1].context)
     of_old, of_epochs = [c.z for c in states if not c.z.requires_grad], [c.z for c in states if c.z.requires_grad]
     assert torch.equal(of_old[0], z_global) and torch.equal(of_old[1], z_global) and len(of_epochs) == 3
     for z in of_epochs:
         assert z.shape == (5, 5, 4) and torch.equal(z[0], z[-1])
+        same_task, same_z = task[:, None] == task, (z[0][:, None] == z[0]).all(-1)
+        assert torch.equal(same_task, same_z) and not same_task.all()
     assert not torch.equal(of_epochs[0], of_epochs[1])
 
 
@@ -753,7 +756,8 @@ def test_encoder_update_contrasts_contexts_of_the_right_tasks(form, similarity, 
 def test_encoder_learns_to_tell_tasks_apart(form):
     """Tasks differ in the reward alone, which each agent sees; no context is compared with itself."""
     env = make_env("hunting_target", 2)
-    args, nets, optimizers, buffer = small(env, local_loss=form, latent_dim=8, encoder_dim=16, context_size=8)
+    settings = dict(latent_dim=8, temperature=1.0, encoder_dim=16, context_size=8)
+    args, nets, optimizers, buffer = small(env, local_loss=form, **settings)
     for name in ("phi_g", "phi_l"):
         optimizers[name].param_groups[0]["lr"] = 3e-3
     told = []
@@ -1002,7 +1006,10 @@ def test_meta_test_explores_then_infers_then_acts(name, eval_sample, monkeypatch
         assert abs(call.z.mean()) < 0.2 and abs(call.z.std() - 1) < 0.2  # the prior
     (inference,) = inferences  # once, after exploration
     for e in range(6):
-        lived = [call.out.transition[: int(first_episode(call.out.ended)[:, e].sum()), e] for call in rollouts[:2]]
+        lived = [
+            mg2l.transitions(call.out, nets.actor)[: int(first_episode(call.out.ended)[:, e].sum()), e]
+            for call in rollouts[:2]
+        ]
         assert torch.equal(inference.memory[e], torch.cat(lived))
     assert len(draws) == 3
     for draw, call in zip(draws, rollouts[2:], strict=True):
