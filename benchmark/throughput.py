@@ -1,14 +1,19 @@
 """How fast the environments and the scripts are, as ratios within one run.
 
-    python benchmark/throughput.py            # environments against mpe2, about a minute
-    python benchmark/throughput.py --scripts  # and whole runs of mg2l_mappo.py and task_given.py, about four minutes
+    python benchmark/throughput.py            # environments against the libraries' own classes, about a minute
+    python benchmark/throughput.py --scripts  # and whole runs of mg2l_mappo.py and task_given.py, minutes more
 
-Environments are measured in steps (all agents act once) per second of CPU time, a batch of 32 copies against mpe2's
-`parallel_env` with as many agents, in turn, five times; the median ratio counts. Scripts are measured in wall time from
-start to end, evaluation included, in turn, three times, on the threads PyTorch takes by default.
+Environments are measured in steps (all agents act once) per second of CPU time: a batch of 32 copies, with all that
+`step` does, against one environment as the library makes it, with as many agents, on the same task where the library
+has tasks; random actions, resets included. "physics" is the engine alone: no observations, rewards or resets. The three
+are measured in turn, three times; medians count, and the ratio is the median of three ratios. Scripts are measured in
+wall time from start to end, evaluation included, in turn, three times, on the threads PyTorch takes by default.
 """
 
 import argparse
+import contextlib
+import importlib
+import io
 import resource
 import statistics
 import subprocess
@@ -17,44 +22,171 @@ import tempfile
 import time
 from pathlib import Path
 
-import mpe2.simple_spread_v3
-import mpe2.simple_tag_v3
+import gymnasium as gym
 import numpy as np
 
 import envs
 
 ROOT = Path(__file__).parents[1]
-COPIES, STEPS = 32, 500
-# ours, and the library's with as many agents of ours: three predators, or three spreading agents
-PAIRS = {
-    "hunting_target": ("simple_tag_v3, 3 preys", mpe2.simple_tag_v3, dict(num_good=3, num_adversaries=3)),
-    "spread_target": ("simple_spread_v3", mpe2.simple_spread_v3, dict(N=3)),
+COPIES, STEPS, LIBRARY_STEPS, ROUNDS = 32, 1000, 4000, 3
+SETTINGS = {"hopper_param": {"factors": [(1, 1, 1, 1)] * 2}}  # the library's hopper; elsewhere the defaults
+SCRIPT_ENVS = ("hunting_target", "spread_target")
+
+
+def per_second(act, actions) -> float:
+    """Calls of `act` per second of CPU time, one call for each of the actions."""
+    begun = time.process_time()
+    for action in actions:
+        act(action)
+    return len(actions) / (time.process_time() - begun)
+
+
+def random_actions(space: gym.Space, *shape: int) -> np.ndarray:
+    rng = np.random.default_rng(0)
+    if isinstance(space, gym.spaces.Discrete):
+        return rng.integers(space.n, size=shape)
+    return rng.uniform(space.low, space.high, (*shape, *space.shape)).astype(np.float32)
+
+
+def ours(env_id: str) -> tuple[float, float | None]:
+    """Steps per CPU-second of the whole environment: observations, rewards and resets; and of its physics alone."""
+    env = envs.make(env_id, COPIES, seed=0, **SETTINGS.get(env_id, {}))
+    begin = {"seed": 0, "options": {"task": np.zeros(COPIES, int)}}
+    env.reset(**begin)
+    actions = random_actions(env.single_action_space, STEPS, COPIES, env.num_agents)
+    ended = []
+    rate = per_second(lambda joint: ended.append(env.step(joint)[2:4]), actions)
+    if (physics := physics_of(env)) is None:
+        return COPIES * rate, None
+    env.reset(**begin)  # the same episodes once more
+    if env_id in ("hunting_target", "spread_target"):  # here others move as well
+        actions = random_actions(env.single_action_space, STEPS, COPIES, env.num_movers)
+    seconds = 0.0
+    for joint, ends in zip(actions, ended, strict=True):
+        begun = time.process_time()
+        physics(joint)
+        seconds += time.process_time() - begun
+        env._start(np.flatnonzero(ends[0] | ends[1]))
+    return COPIES * rate, COPIES * STEPS / seconds
+
+
+def physics_of(env):
+    """What moves all copies of an environment by one step and does nothing else; None for rware, which has no such."""
+    if env.env_id in ("hunting_target", "spread_target"):
+        return lambda joint: env._integrate(joint.transpose(2, 1, 0) * env.accel)
+    if env.env_id in ("halfcheetah_dir", "hopper_param"):
+        from envs.locomotion import mujoco
+
+        def physics(joint):
+            for data, torque in zip(env.data, joint.reshape(COPIES, -1), strict=True):
+                data.ctrl[:] = torque
+                mujoco.mj_step(env.models[0], data, nstep=env.frame_skip)
+
+        return physics
+    if env.env_id == "magent_gather":
+
+        def physics(joint):
+            for world, own in zip(env._worlds, joint.astype(np.int32), strict=True):
+                world.set_action(world.get_handles()[1], own)
+                world.step()
+                world.clear_dead()
+
+        return physics
+    return None
+
+
+def play(env) -> float:
+    """Steps per CPU-second of a PettingZoo ParallelEnv, resets included."""
+    env.reset(seed=0)
+    agents = env.possible_agents
+    actions = random_actions(env.action_space(agents[0]), LIBRARY_STEPS, len(agents))
+
+    def step(joint):
+        *_, terminations, truncations, _ = env.step(dict(zip(agents, joint, strict=True)))
+        if all(terminations.values()) or all(truncations.values()):
+            env.reset()
+
+    return per_second(step, actions)
+
+
+def mpe2(module: str, **settings) -> float:
+    module = importlib.import_module(f"mpe2.{module}")
+    return play(module.parallel_env(max_cycles=100, continuous_actions=True, **settings))
+
+
+def mamujoco(scenario: str, parts: str) -> float:
+    from envs.locomotion import mujoco  # first, so that MuJoCo draws without a display
+
+    with contextlib.redirect_stderr(io.StringIO()):  # an announcement about other environments
+        from gymnasium_robotics import mamujoco_v1
+    heard = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(lambda _: None)  # the cheetah's file is old, and MuJoCo 4 would write a log of that
+    try:
+        env = mamujoco_v1.parallel_env(scenario, parts, agent_obsk=0)
+    finally:
+        mujoco.set_mju_user_warning(heard)
+    return play(env)
+
+
+def rware() -> float:
+    """Plain rware on the first layout with 4 orders; it is no ParallelEnv."""
+    from rware.warehouse import RewardType, Warehouse
+
+    from envs.warehouse import LAYOUTS, draw_layout
+
+    layout = draw_layout(*LAYOUTS[0])
+    env = Warehouse(0, 0, 0, 4, 0, 2, 4, None, 100, RewardType.INDIVIDUAL, layout=layout)
+    env.reset(seed=0)
+
+    def step(joint):
+        if env.step(joint)[2]:
+            env.reset()
+
+    return per_second(step, random_actions(gym.spaces.Discrete(5), LIBRARY_STEPS, 4).tolist())
+
+
+def magent2() -> float:
+    """The class that magent2's own environments are made of, around the same engine, agents and food."""
+    from envs import gather  # before magent2, which would set OMP_NUM_THREADS
+
+    base = importlib.import_module("magent2.environments.magent_env").magent_parallel_env
+    agents, food = gather.ring(16, 28), gather.letter("A", False, 28)
+
+    class Gather(base):
+        def __init__(self):
+            world = gather.new_world(28, 4)
+            super().__init__(world, world.get_handles()[1:], ["agent"], 28, 200, [-1, 5], False, False)
+
+        def generate_map(self):
+            gather.place(self.env, self._all_handles[1], agents, "agents")
+            gather.place(self.env, self._all_handles[0], food, "food")
+
+    return play(Gather())
+
+
+# what each is measured against: its name, how, and with what
+LIBRARY = {
+    "hunting_target": ("mpe2 simple_tag_v3, 3 preys", mpe2, ("simple_tag_v3",), dict(num_good=3, num_adversaries=3)),
+    "spread_target": ("mpe2 simple_spread_v3", mpe2, ("simple_spread_v3",), dict(N=3)),
+    "halfcheetah_dir": ("gymnasium-robotics mamujoco_v1", mamujoco, ("HalfCheetah", "2x3"), {}),
+    "hopper_param": ("gymnasium-robotics mamujoco_v1", mamujoco, ("Hopper", "3x1"), {}),
+    "rware_layout": ("rware Warehouse", rware, (), {}),
+    "magent_gather": ("magent2 magent_parallel_env", magent2, (), {}),
 }
 
 
-def ours(env_id: str) -> float:
-    """Steps per CPU-second of the whole environment: observations, rewards and resets."""
-    env = envs.make(env_id, COPIES, seed=0)
-    env.reset(seed=0)
-    shape = (STEPS, COPIES, env.num_agents, *env.single_action_space.shape)
-    actions = np.random.default_rng(0).uniform(-1, 1, shape).astype(np.float32)
-    begun = time.process_time()
-    for action in actions:
-        env.step(action)
-    return STEPS * COPIES / (time.process_time() - begun)
-
-
-def library(module, settings: dict) -> float:
-    """Steps per CPU-second of mpe2's parallel_env, resets included."""
-    env = module.parallel_env(max_cycles=100, continuous_actions=True, **settings)
-    env.reset(seed=0)
-    actions = {agent: env.action_space(agent).sample() for agent in env.agents}
-    begun = time.process_time()
-    for _ in range(STEPS):
-        if not env.agents:
-            env.reset()
-        env.step(actions)
-    return STEPS / (time.process_time() - begun)
+def compare(env_id: str) -> str:
+    """A line of the table."""
+    name, library, args, settings = LIBRARY[env_id]
+    try:
+        rounds = [(*ours(env_id), library(*args, **settings)) for _ in range(ROUNDS)]
+    except ImportError as error:
+        return f"{env_id:16} not measured: {error.name} is missing, pip install -e '.[benchmark]' brings it"
+    fast, alone, slow = ([one for one in column if one] for column in zip(*rounds, strict=True))
+    ratio = statistics.median(a / b for a, _, b in rounds)
+    physics = f"{statistics.median(alone):,.0f}" if alone else "-"
+    rates = f"{statistics.median(fast):11,.0f} {physics:>11}  {name:30} {statistics.median(slow):11,.0f}"
+    return f"{env_id:16} {rates} {ratio:6.2f}"
 
 
 def run_script(script: str, env_id: str, total_timesteps: int) -> tuple[float, float]:
@@ -70,21 +202,19 @@ def run_script(script: str, env_id: str, total_timesteps: int) -> tuple[float, f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scripts", action="store_true", help="time whole runs of the scripts as well")
-    parser.add_argument("--total-timesteps", type=int, default=50_000, help="length of these runs")
+    parser.add_argument("--total-timesteps", type=int, default=100_000, help="length of these runs")
     args = parser.parse_args()
 
-    print(f"{'environment':16} {'steps/CPU-s':>12}  {'mpe2':>28} {'steps/CPU-s':>12} {'ratio':>8}")
-    for env_id, (name, module, settings) in PAIRS.items():
-        pairs = [(ours(env_id), library(module, settings)) for _ in range(5)]
-        fast, slow = (statistics.median(column) for column in zip(*pairs, strict=True))
-        ratio = statistics.median(a / b for a, b in pairs)
-        print(f"{env_id:16} {fast:12,.0f}  {name:>28} {slow:12,.0f} {ratio:8.0f}")
+    rate = "steps/CPU-s"
+    print(f"{'environment':16} {rate} {'physics':>11}  {'against':30} {rate} {'ratio':>6}")
+    for env_id in envs.ENV_IDS:
+        print(compare(env_id), flush=True)
 
     if args.scripts:
         print(
             f"\n{'script, ' + format(args.total_timesteps, ',') + ' steps':32} {'steps/s':>8} {'seconds':>8} {'MiB':>6}"
         )
-        for env_id in PAIRS:
+        for env_id in SCRIPT_ENVS:
             scripts = ("mg2l_mappo.py", "task_given.py")
             rounds = [[run_script(script, env_id, args.total_timesteps) for script in scripts] for _ in range(3)]
             for k, script in enumerate(scripts):

@@ -1,10 +1,12 @@
 """The scripts are read one at a time, so they repeat each other: what has the same name must then be the same text."""
 
 import ast
+import importlib
 from itertools import combinations
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ["mg2l_mappo.py", "task_given.py"]
@@ -55,3 +57,31 @@ def test_scripts_share_the_frame():
     frame |= {"restore", "parse_args", "append_rows", "expect", "fail"}
     for script in SCRIPTS:
         assert frame <= TEXTS[script].keys(), script
+
+
+def outputs(module):
+    """What the shared functions make of equal inputs."""
+    torch.manual_seed(0)
+    reward, value, later = torch.randn(3, 6, 4, 2)  # [T, E, n]
+    terminated = torch.rand(6, 4) < 0.2
+    ended = terminated | (torch.rand(6, 4) < 0.2)
+    advantage = module.gae(reward, value, later, terminated, ended, 0.99, 0.95)
+    log_prob, old_log_prob, entropy, gain = torch.randn(4, 2, 24)  # [n, batch]
+    found = [advantage, module.policy_loss(log_prob, old_log_prob, gain, entropy, 0.2, 0.01)]
+    found.append(module.value_loss(value, later, reward, 0.2, 10.0))
+    norm = module.ValueNorm()
+    norm.update(reward)
+    found += [norm.sums, *norm.mean_std()]
+    mlp = module.AgentMLP(2, [5, 8, 3], head_gain=0.01, norm=True, shared=False)
+    adam = torch.optim.Adam(mlp.parameters(), lr=1e-2, eps=1e-5, fused=True)
+    x = torch.randn(2, 7, 5)
+    mlp(x).square().sum().backward()
+    found.append(module.clip_gradient_per_agent(list(mlp.parameters()), 0.1))
+    adam.step()
+    return [*found, mlp(x), *mlp.parameters()]
+
+
+@pytest.mark.parametrize("script", SCRIPTS[1:])
+def test_same_bits(script):
+    ours, theirs = (outputs(importlib.import_module(Path(name).stem)) for name in (SCRIPTS[0], script))
+    assert len(ours) == len(theirs) and all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))

@@ -1,0 +1,172 @@
+"""Tables and figures of finished runs, from their folders alone.
+
+    python benchmark/figures.py runs/* --out benchmark/results
+
+Writes into --out meta_test.csv (one tidy row per run, step, task and phase), curves.png and .svg (Fig. 6) and
+adaptation.png and .svg (Fig. 7), and prints a Markdown table: the last evaluation of every script and environment, mean
+and 95 % bootstrap interval over seeds, and the gap closed, (R - R_floor) / (R_oracle - R_floor), where runs of
+task_given.py give both. A single seed has no interval. Runs that are not finished are named and left out.
+"""
+
+import argparse
+import csv
+import json
+import os
+import platform
+import subprocess
+from collections import defaultdict
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ORACLE, FLOOR = "task_given", "task_given none"
+# Okabe and Ito's colours, which the colour-blind can tell apart
+COLOURS = {"mg2l_mappo": "#D55E00", "ma_pearl": "#009E73", "mix_mate": "#CC79A7", ORACLE: "#0072B2", FLOOR: "#777777"}
+
+
+def read(run: Path) -> list[dict]:
+    """Tidy rows of one run: means over episodes and copies for each step, task and phase; none if it is unfinished."""
+    args = json.loads((run / "args.json").read_text())
+    script = args["script"]
+    if args.get("task_label", "one-hot") != ("parameters" if args["env_id"] == "hopper_param" else "one-hot"):
+        script += f" {args['task_label']}"
+    setting = " ".join([args["env_id"], *args["env_kwargs"]])
+    with open(run / "meta_test.csv") as file:
+        rows = list(csv.DictReader(file))
+    if not any(row["phase"] == "curve" for row in rows):  # the last evaluation alone has it
+        return []
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    speed = events.Scalars("charts/SPS")[-1]
+    groups = defaultdict(list)
+    for row in rows:
+        begun = int(row["context_steps"]) if row["phase"] == "curve" else ""
+        groups[int(row["step"]), int(row["task"]), row["phase"], begun].append(row)
+    tidy = []
+    for (step, task, phase, begun), members in groups.items():
+        new = dict(script=script, setting=setting, seed=args["seed"], step=step, task=task, phase=phase)
+        new["context_steps"] = begun
+        for key in ("return", "accuracy", "probe"):
+            values = [float(row[key]) for row in members if row[key]]
+            new[key] = round(float(np.mean(values)), 4) if values else ""
+        tidy.append(new | dict(wall_seconds=round(speed.step / speed.value), threads=args["num_threads"]))
+    return tidy
+
+
+def resample(values: list[float], rng) -> np.ndarray:
+    """Means of 10,000 bootstrap samples of the seeds."""
+    return rng.choice(values, (10_000, len(values))).mean(1)
+
+
+def interval(values: list[float], digits: int = 1) -> str:
+    """Mean and 95 % bootstrap interval of the mean, as text."""
+    if len(values) < 2:
+        return f"{np.mean(values):.{digits}f} (one seed)"
+    low, high = np.percentile(resample(values, np.random.default_rng(0)), [2.5, 97.5])
+    return f"{np.mean(values):.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def gap_closed(method: list[float], oracle: list[float], floor: list[float]) -> str:
+    """(R - R_floor) / (R_oracle - R_floor) with its 95 % interval, all three means resampled together."""
+    gap = (np.mean(method) - np.mean(floor)) / (np.mean(oracle) - np.mean(floor))
+    if min(len(method), len(oracle), len(floor)) < 2:
+        return f"{gap:.2f} (a single seed among them)"
+    rng = np.random.default_rng(0)
+    m, o, f = (resample(values, rng) for values in (method, oracle, floor))
+    low, high = np.percentile((m - f) / (o - f), [2.5, 97.5])
+    return f"{gap:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def by_seed(rows: list[dict], key: str, **where) -> list[float]:
+    """One number per seed: the mean over tasks of the rows that match."""
+    values = defaultdict(list)
+    for row in rows:
+        if row[key] != "" and all(row[name] == value for name, value in where.items()):
+            values[row["seed"]].append(row[key])
+    return [float(np.mean(v)) for v in values.values()]
+
+
+def draw(axis, x: list, curve: list[list[float]], script: str) -> None:
+    """Mean and 95 % bootstrap interval over seeds; a single seed is drawn without one."""
+    count = f"{len(curve[0])} seeds" if len(curve[0]) > 1 else "one seed"
+    axis.plot(x, [np.mean(values) for values in curve], color=COLOURS[script], label=f"{script} ({count})")
+    if len(curve[0]) > 1:
+        rng = np.random.default_rng(0)
+        band = [np.percentile(resample(values, rng), [2.5, 97.5]) for values in curve]
+        axis.fill_between(x, *np.transpose(band), color=COLOURS[script], alpha=0.2, linewidth=0)
+
+
+def save(figure, path: Path) -> None:
+    figure.suptitle("mean over seeds, 95 % bootstrap interval", fontsize=9)
+    figure.tight_layout()
+    for suffix in (".png", ".svg"):
+        figure.savefig(path.with_suffix(suffix), dpi=110, metadata={"Date": None} if suffix == ".svg" else None)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--out", type=Path, default=Path("benchmark/results"), help="folder to write into")
+    args = parser.parse_args()
+    rows = []
+    for run in args.runs:
+        new = read(run)
+        if not new:
+            print(f"not finished, left out: {run}")
+        rows += new
+    if not rows:
+        parser.error("got no finished run, expected at least one")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    hardware = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}"
+    args.out.mkdir(parents=True, exist_ok=True)
+    with open(args.out / "meta_test.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, [*rows[0], "commit", "hardware"])
+        writer.writeheader()
+        writer.writerows(row | dict(commit=commit, hardware=hardware) for row in rows)
+
+    settings = sorted({row["setting"] for row in rows})
+    head = ("setting", "script", "seeds", "exploration (prior)", "after inference (posterior)", "gap closed")
+    print("| " + " | ".join([*head, "CL accuracy of z^i", "probe", "seconds"]) + " |")
+    print("|---" * 9 + "|")
+    learning, axes = plt.subplots(1, len(settings), figsize=(4.5 * len(settings), 3.4), squeeze=False)
+    adapting, more_axes = plt.subplots(2, len(settings), figsize=(4.5 * len(settings), 5.4), squeeze=False)
+    for k, setting in enumerate(settings):
+        here = [row for row in rows if row["setting"] == setting]
+        last = {script: max([row["step"] for row in here if row["script"] == script], default=0) for script in COLOURS}
+        final = {s: by_seed(here, "return", script=s, step=last[s], phase="posterior") for s in COLOURS}
+        for script in [script for script in COLOURS if final[script]]:
+            own = [row for row in here if row["script"] == script]
+            at_end = dict(step=last[script], phase="posterior")
+            gap = gap_closed(final[script], final[ORACLE], final[FLOOR]) if final[ORACLE] and final[FLOOR] else ""
+            cells = [setting, script, str(len(final[script]))]
+            cells += [interval(by_seed(own, "return", step=last[script], phase="prior")), interval(final[script]), gap]
+            for key in ("accuracy", "probe"):
+                values = by_seed(own, key, **at_end)
+                cells.append(f"{np.mean(values):.2f}" if values else "")
+            cells.append(f"{np.median(by_seed(own, 'wall_seconds')):.0f}")
+            print("| " + " | ".join(cells) + " |")
+
+            steps = sorted({row["step"] for row in own})
+            curve = [by_seed(own, "return", step=step, phase="posterior") for step in steps]
+            draw(axes[0, k], [step / 1000 for step in steps], curve, script)
+            begun = sorted({row["context_steps"] for row in own if row["phase"] == "curve"})
+            for axis, key in zip(more_axes[:, k], ("return", "accuracy"), strict=True):
+                curve = [by_seed(own, key, phase="curve", context_steps=steps) for steps in begun]
+                if all(curve):
+                    draw(axis, begun, curve, script)
+        axes[0, k].set(title=setting, xlabel="environment steps (thousands)", ylabel="meta-test return (posterior)")
+        more_axes[0, k].set(title=setting, ylabel="return of an episode")
+        more_axes[1, k].set(xlabel="context (steps of exploration)", ylabel="CL accuracy of z^i")
+        for axis in (axes[0, k], more_axes[0, k]):
+            axis.legend(fontsize=7)
+    save(learning, args.out / "curves.png")
+    save(adapting, args.out / "adaptation.png")
+
+
+if __name__ == "__main__":
+    main()

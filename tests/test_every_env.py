@@ -1,0 +1,44 @@
+"""Every script on every environment: two iterations from the command line, an evaluation, the agents loaded again."""
+
+import csv
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import envs
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ["mg2l_mappo", "task_given"]
+TINY = "--num-envs 2 --update-epochs 1 --hidden-dim 16 --num-threads 1 --no-cuda --explore-episodes 1 --test-episodes 2"
+CONTEXT = "--context-size 16 --context-sets 2 --rollout-contexts 2 --warmup-episodes 1 --warmup-updates 1"
+CONTEXT += " --context-copies 1 --context-interval 1 --encoder-updates 1"
+OWN = {"mg2l_mappo": CONTEXT, "task_given": ""}
+# as few tasks as the environment allows, and agents, so that the test is short
+FEWER = {"hopper_param": "num_train=2 num_test=1", "rware_layout": "orders=(4,)", "magent_gather": "num_agents=8"}
+
+
+@pytest.mark.parametrize("env_id", envs.ENV_IDS)
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_iterations(script, env_id, tmp_path, monkeypatch):
+    settings = FEWER.get(env_id, "").split()
+    env = envs.make(env_id, 1, **{name: eval(value) for name, _, value in (text.partition("=") for text in settings)})
+    num_tasks, steps = len(env.tasks.train), env.max_episode_steps
+    total = 2 * steps * (2 + (num_tasks if OWN[script] else 0))
+    copies = len(env.tasks.test) + 1
+    argv = [*TINY.split(), *OWN[script].split(), "--env-id", env_id, "--eval-copies", copies, "--total-timesteps", total]
+    argv += ["--eval-interval", total, "--run-dir", tmp_path, "--run-name", "run"]
+    argv += ["--env-kwargs", *settings] if settings else []
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
+    module = runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+
+    with open(tmp_path / "run" / "meta_test.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert {int(row["step"]) for row in rows} == {0, total}
+    assert {row["phase"] for row in rows} == {"prior", "posterior", "curve"}
+    returns = np.array([float(row["return"]) for row in rows])
+    assert np.isfinite(returns).all()
+    agents = module["load_agents"](tmp_path / "run")
+    assert agents.env.env_id == env_id and agents.env.num_agents == env.num_agents
