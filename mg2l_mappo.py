@@ -143,8 +143,8 @@ class Args:
     """L_L: infonce contrasts z^i alone, cmi is eq. 24 as printed, kl is the consistency loss of section V-F"""
     similarity: Literal["dot", "cosine"] = "dot"
     """similarity of two representations in the contrastive losses"""
-    temperature: float = 8.0
-    """divides the similarity; 8 is the square root of the default latent-dim"""
+    temperature: float = 16.0
+    """divides the similarity"""
     context_size: int | None = None
     """transitions in one context, B (default: Table III)"""
     buffer_size: int | None = None
@@ -495,7 +495,7 @@ def draw_z(mean: torch.Tensor, std: torch.Tensor, num_steps: int) -> torch.Tenso
 def rollout(env, actor, task, z, seed, greedy=False, frames=None) -> SimpleNamespace:
     """T steps of every copy of `env` from a seeded reset, agent i of copy e acting on z[i, t, e] (z [n, T, E, d]).
 
-    A copy that ends starts again on the same task. `frames`, a list, gets a picture of copy 0 at every step.
+    A copy that ends starts again on the same task. `frames`, a list, gets pictures of copy 0's first 200 steps.
     Returns tensors: obs, next_obs [n, T, E, obs_dim], action [n, T, E(, act_dim)], log_prob [n, T, E], reward
     [T, E, n], state, next_state [T, E, state_dim], terminated, ended [T, E]. next_obs and next_state are what an action
     led to, also where the copy then started again.
@@ -503,7 +503,7 @@ def rollout(env, actor, task, z, seed, greedy=False, frames=None) -> SimpleNames
     steps = []
     obs, _ = env.reset(seed=seed, options={"task": task})
     for t in range(z.shape[1]):
-        if frames is not None:
+        if frames is not None and t < 200:
             frames.append(env.render())
         state = env.state()
         obs_in = torch.from_numpy(obs).to(z.device).transpose(0, 1)  # [n, E, obs_dim]

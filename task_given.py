@@ -263,7 +263,7 @@ def told(env, task: np.ndarray, kind: str, num_steps: int, device) -> torch.Tens
 def rollout(env, actor, task, z, seed, greedy=False, frames=None) -> SimpleNamespace:
     """T steps of every copy of `env` from a seeded reset, agent i of copy e acting on z[i, t, e] (z [n, T, E, d]).
 
-    A copy that ends starts again on the same task. `frames`, a list, gets a picture of copy 0 at every step.
+    A copy that ends starts again on the same task. `frames`, a list, gets pictures of copy 0's first 200 steps.
     Returns tensors: obs, next_obs [n, T, E, obs_dim], action [n, T, E(, act_dim)], log_prob [n, T, E], reward
     [T, E, n], state, next_state [T, E, state_dim], terminated, ended [T, E]. next_obs and next_state are what an action
     led to, also where the copy then started again.
@@ -271,7 +271,7 @@ def rollout(env, actor, task, z, seed, greedy=False, frames=None) -> SimpleNames
     steps = []
     obs, _ = env.reset(seed=seed, options={"task": task})
     for t in range(z.shape[1]):
-        if frames is not None:
+        if frames is not None and t < 200:
             frames.append(env.render())
         state = env.state()
         obs_in = torch.from_numpy(obs).to(z.device).transpose(0, 1)  # [n, E, obs_dim]

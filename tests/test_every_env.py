@@ -11,11 +11,15 @@ import pytest
 import envs
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ["mg2l_mappo", "task_given"]
+SCRIPTS = ["mg2l_mappo", "task_given", "ma_pearl", "mix_mate"]
 TINY = "--num-envs 2 --update-epochs 1 --hidden-dim 16 --num-threads 1 --no-cuda --explore-episodes 1 --test-episodes 2"
 CONTEXT = "--context-size 16 --context-sets 2 --rollout-contexts 2 --warmup-episodes 1 --warmup-updates 1"
 CONTEXT += " --context-copies 1 --context-interval 1 --encoder-updates 1"
-OWN = {"mg2l_mappo": CONTEXT, "task_given": ""}
+OF_PEARL = (
+    CONTEXT.replace(" --context-sets 2", "").replace(" --warmup-updates 1", "").replace(" --encoder-updates 1", "")
+)
+OWN = {"mg2l_mappo": CONTEXT, "task_given": "", "ma_pearl": OF_PEARL, "mix_mate": "--encoder-updates 1"}
+COLLECT = {"mg2l_mappo", "ma_pearl"}  # those that gather context besides
 # as few tasks as the environment allows, and agents, so that the test is short
 FEWER = {"hopper_param": "num_train=2 num_test=1", "rware_layout": "orders=(4,)", "magent_gather": "num_agents=8"}
 
@@ -26,9 +30,18 @@ def test_two_iterations(script, env_id, tmp_path, monkeypatch):
     settings = FEWER.get(env_id, "").split()
     env = envs.make(env_id, 1, **{name: eval(value) for name, _, value in (text.partition("=") for text in settings)})
     num_tasks, steps = len(env.tasks.train), env.max_episode_steps
-    total = 2 * steps * (2 + (num_tasks if OWN[script] else 0))
+    total = 2 * steps * (2 + (num_tasks if script in COLLECT else 0))
     copies = len(env.tasks.test) + 1
-    argv = [*TINY.split(), *OWN[script].split(), "--env-id", env_id, "--eval-copies", copies, "--total-timesteps", total]
+    argv = [
+        *TINY.split(),
+        *OWN[script].split(),
+        "--env-id",
+        env_id,
+        "--eval-copies",
+        copies,
+        "--total-timesteps",
+        total,
+    ]
     argv += ["--eval-interval", total, "--run-dir", tmp_path, "--run-name", "run"]
     argv += ["--env-kwargs", *settings] if settings else []
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
