@@ -675,7 +675,7 @@ def make_env(args: Args, num_envs: int) -> envs.MetaVectorEnv:
         try:
             settings[name] = ast.literal_eval(value)
         except (SyntaxError, TypeError, ValueError):
-            raise ValueError(f"env-kwargs: got {setting!r}, expected NAME=NUMBER") from None
+            raise ValueError(f"env-kwargs: got {setting!r}, expected NAME=VALUE") from None
     return envs.make(args.env_id, num_envs, 0, **settings)
 
 
