@@ -184,6 +184,7 @@ def test_command_line(script, env_id, num_tasks, tmp_path):
     kinds = sorted("events" if path.name.startswith("events.") else path.name for path in run.iterdir())
     assert kinds == ["args.json", "checkpoint.pt", "events", "meta_test.csv"]
     args = json.loads((run / "args.json").read_text())
+    assert args.pop("script") == script
     assert args["env_id"] == env_id and args["num_envs"] == 2 and args["total_timesteps"] == total
     assert {name for name, value in args.items() if value is None} == {
         "run_name",
