@@ -986,7 +986,7 @@ if __name__ == "__main__":
         run = Path(args.run_dir) / (args.run_name or f"{args.env_id}__{SCRIPT}__{args.seed}__{int(time.time())}")
     try:
         run.mkdir(parents=True, exist_ok=bool(saved))
-        (run / "args.json").write_text(json.dumps(dataclasses.asdict(args), indent=2) + "\n")
+        (run / "args.json").write_text(json.dumps({"script": SCRIPT, **dataclasses.asdict(args)}, indent=2) + "\n")
     except OSError as error:
         fail(f"run-dir: got {run} ({error.strerror}), expected a new folder that can be written to")
     if args.track:

@@ -73,6 +73,8 @@ def interval(values: list[float], digits: int = 1) -> str:
 
 def gap_closed(method: list[float], oracle: list[float], floor: list[float]) -> str:
     """(R - R_floor) / (R_oracle - R_floor) with its 95 % interval, all three means resampled together."""
+    if np.mean(oracle) <= np.mean(floor):
+        return "none: the oracle is not above the floor"
     gap = (np.mean(method) - np.mean(floor)) / (np.mean(oracle) - np.mean(floor))
     if min(len(method), len(oracle), len(floor)) < 2:
         return f"{gap:.2f} (a single seed among them)"

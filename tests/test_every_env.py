@@ -1,6 +1,7 @@
 """Every script on every environment: two iterations from the command line, an evaluation, the agents loaded again."""
 
 import csv
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -47,6 +48,7 @@ def test_two_iterations(script, env_id, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
     module = runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
 
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["script"] == script
     with open(tmp_path / "run" / "meta_test.csv") as file:
         rows = list(csv.DictReader(file))
     assert {int(row["step"]) for row in rows} == {0, total}

@@ -70,6 +70,10 @@ def test_gap_closed_by_hand():
     assert (value, low, high) == (0.5, 0.25, 0.75)
 
 
+def test_no_gap_to_close_where_the_oracle_is_not_above_the_floor():
+    assert figures["gap_closed"]([1.0, 1.0], [-2.0, -2.0], [-1.0, -1.0]) == "none: the oracle is not above the floor"
+
+
 def test_interval_of_one_seed_has_no_interval():
     assert figures["interval"]([3.0]) == "3.0 (one seed)"
     assert figures["interval"]([3.0, 3.0]) == "3.0 [3.0, 3.0]"
