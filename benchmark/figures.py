@@ -5,7 +5,8 @@
 Writes into --out meta_test.csv (one tidy row per run, step, task and phase), curves.png and .svg (Fig. 6) and
 adaptation.png and .svg (Fig. 7), and prints a Markdown table: the last evaluation of every script and environment, mean
 and 95 % bootstrap interval over seeds, and the gap closed, (R - R_floor) / (R_oracle - R_floor), where runs of
-task_given.py give both. A single seed has no interval. Runs that are not finished are named and left out.
+task_given.py give both. A single seed has no interval. Runs that are not finished are named
+and left out. The columns commit and hardware are those of where this command ran, not of the runs.
 """
 
 import argparse
