@@ -16,12 +16,17 @@ and acts on its own.
 """
 
 import ast
+import atexit
+import copy
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -49,15 +54,18 @@ CHECKPOINT_KEYS = {"args", "iteration", "csv_bytes", "networks", "optimizers", "
 ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "total_timesteps": (500_000, 500_000, 5_000_000, 2_000_000, 500_000, 1_000_000),
     "eval_interval":   (50_000, 50_000, 500_000, 200_000, 50_000, 100_000),
-    "buffer_size":     (300_000, 300_000, 1_000_000, 500_000, 100_000, 200_000),
-    "context_size":    (64, 64, 512, 512, 64, 128),
-    "context_sets":    (12, 12, 6, 2, 4, 2),
-    "rollout_contexts": (16, 16, 8, 2, 8, 2),
-    "encoder_updates": (5, 5, 5, 3, 5, 5),
-    "warmup_episodes": (200, 200, 10, 2, 20, 4),
-    "warmup_updates":  (1000, 1000, 200, 60, 300, 60),
-    "context_copies":  (2, 2, 1, 1, 1, 1),
-    "context_interval": (1, 1, 1, 5, 2, 2),
+    "buffer_size":     (300_000, 600_000, 1_000_000, 500_000, 100_000, 200_000),
+    "context_size":    (64, 64, 512, 128, 64, 128),
+    "inference_size":  (200, 200, 512, 512, 200, 128),
+    "encoder_dim":     (96, 96, 64, 64, 64, 64),
+    "encoder_learning_rate": (3e-5, 3e-5, 2e-4, 3e-4, 2e-4, 2e-4),
+    "context_sets":    (12, 24, 6, 3, 4, 2),
+    "rollout_contexts": (8, 8, 8, 2, 8, 2),
+    "encoder_updates": (5, 5, 5, 10, 5, 5),
+    "warmup_episodes": (250, 500, 10, 2, 20, 4),
+    "warmup_updates":  (800, 1200, 200, 200, 300, 60),
+    "context_copies":  (5, 5, 1, 1, 1, 1),
+    "context_interval": (5, 5, 1, 5, 2, 2),
     "share_policy":    (False, False, False, False, False, True),
 }
 # fmt: on
@@ -91,8 +99,10 @@ class Args:
     """entity (team) of the project in Weights & Biases"""
     capture_video: bool = False
     """write a video of each test task at the end: exploration beside what was learnt"""
-    checkpoint_interval: int = 10
-    """iterations between two checkpoints; one is also written at the end"""
+    checkpoint_interval: int = 100_000
+    """steps between two checkpoints; one is also written at the end"""
+    checkpoint_minutes: float = 10.0
+    """minutes after which one is written in any case"""
 
     # MAPPO (Tables I and II)
     total_timesteps: int | None = None
@@ -101,8 +111,10 @@ class Args:
     """copies of the environment that gather experience for the policies, E"""
     learning_rate: float = 5e-4
     """of every Adam; decays linearly to 0"""
-    encoder_learning_rate: float = 2e-4
-    """of the encoder after its warm-up: slow, since the policies must keep up with what z means (Table II: as all)"""
+    warmup_learning_rate: float = 3e-4
+    """of the encoder in its warm-up"""
+    encoder_learning_rate: float | None = None
+    """of the encoder after it: slow, since the policies must keep up with what z means (Table II: as all)"""
     adam_eps: float = 1e-5
     """epsilon of every Adam"""
     gamma: float = 0.99
@@ -127,7 +139,7 @@ class Args:
     # task representation (Tables I to III)
     latent_dim: int = 64
     """dimensions of z and of each z^i, d"""
-    encoder_dim: int = 64
+    encoder_dim: int | None = None
     """width of the encoder"""
     encoder_blocks: int = 1
     """attention blocks before each permutation-invariant head (Table I: 2)"""
@@ -146,7 +158,9 @@ class Args:
     temperature: float = 16.0
     """divides the similarity"""
     context_size: int | None = None
-    """transitions in one context, B (default: Table III)"""
+    """transitions in one context while the encoder learns, B (default: Table III)"""
+    inference_size: int | None = None
+    """transitions, at most, that agents infer z^i from to act on it, in rollouts and at meta-test"""
     buffer_size: int | None = None
     """transitions of single agents that the context buffers of all tasks hold together (default: Table III)"""
     context_episodes: int = 2
@@ -758,7 +772,7 @@ def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) ->
         lived, kept = transitions(data, actor), first_episode(data.ended)  # [T, E, n, transition_dim], [T, E]
         memory = [torch.cat([old, lived[kept[:, e], e]]) for e, old in enumerate(memory)]
         record("prior", episode, [()] * num_envs, data)
-    posterior = infer(encoder, memory, args.context_size, args.rollout_contexts, args.latent_dim)  # lines 6 and 10
+    posterior = infer(encoder, memory, args.inference_size, args.rollout_contexts, args.latent_dim)  # lines 6 and 10
     for episode in range(args.explore_episodes, args.test_episodes):  # lines 8 to 13
         z = draw_z(*posterior, num_steps)
         data = rollout(env, actor, task, z, env_seed + episode, greedy=not args.eval_sample)
@@ -768,7 +782,7 @@ def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) ->
         longest = max(len(transitions) for transitions in memory)
         for steps in [0, *(m * 10**k for k in range(1, 6) for m in (1, 2, 5) if m * 10**k <= longest)]:
             begun = [transitions[:steps] for transitions in memory]
-            posterior = infer(encoder, begun, args.context_size, args.rollout_contexts, args.latent_dim)
+            posterior = infer(encoder, begun, args.inference_size, args.rollout_contexts, args.latent_dim)
             data = rollout(env, actor, task, draw_z(*posterior, num_steps), env_seed, greedy=not args.eval_sample)
             record("curve", args.test_episodes, begun, data, posterior)
     return rows
@@ -803,7 +817,7 @@ def write_videos(args, actor, encoder, folder: Path, iteration: int, device) -> 
             kept = None if episode else prior_frames
             data = rollout(env, actor, np.array([task]), z, env_seed + episode, frames=kept)
             memory.append(transitions(data, actor)[first_episode(data.ended)[:, 0], 0])
-        posterior = infer(encoder, [torch.cat(memory)], args.context_size, args.rollout_contexts, args.latent_dim)
+        posterior = infer(encoder, [torch.cat(memory)], args.inference_size, args.rollout_contexts, args.latent_dim)
         z = draw_z(*posterior, num_steps)
         rollout(env, actor, np.array([task]), z, env_seed, greedy=True, frames=posterior_frames)
         pictures = []
@@ -884,14 +898,26 @@ def expect(fine: bool, name: str, got, expected: str) -> None:
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Write beside, sync, rename: a reader finds the old checkpoint or the new one, never a half."""
-    data = io.BytesIO()
+    """Write beside, sync, rename: a reader finds the old checkpoint or the new one, never a half. Keeps the old one.
+
+    Ends in the SHA-256 of all before it. If it can't be written the run stops, and what was there is left whole.
+    """
+    new, data = path.with_suffix(".tmp"), io.BytesIO()
     torch.save(content, data)
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        file.write(data.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    try:
+        new.unlink(missing_ok=True)  # a write that a signal cut short may still hold it open
+        with open(new, "wb") as file:
+            file.write(data.getbuffer())
+            file.write(hashlib.sha256(data.getbuffer()).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copyfile(path, path.with_name("checkpoint_previous.pt"))
+        os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        # on a line of its own, below the progress bar
+        sys.exit(f"\n{path}: {error.strerror}, expected to write a checkpoint; the last one is as it was")
 
 
 def load_checkpoint(run: str | Path, device="cpu") -> dict:
@@ -899,8 +925,12 @@ def load_checkpoint(run: str | Path, device="cpu") -> dict:
     path = Path(run) / "checkpoint.pt"
     if not path.is_file():
         raise ValueError(f"{path}: got no file there, expected the checkpoint of a run")
+    content = path.read_bytes()
+    data, digest = content[:-32], content[-32:]
+    if hashlib.sha256(data).digest() != digest:
+        raise ValueError(f"{path}: got a damaged file, expected a whole checkpoint, as checkpoint_previous.pt may be")
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except Exception as error:
         raise ValueError(f"{path}: got {type(error).__name__} reading it, expected a whole checkpoint") from None
     if not isinstance(saved, dict) or saved.get("script") != SCRIPT:
@@ -943,7 +973,7 @@ def load_agents(run: str | Path) -> SimpleNamespace:
         return (policy.mode if greedy else policy.sample()).transpose(0, 1).numpy()
 
     def posterior(memory):
-        mean, std = infer(networks["encoder"], memory, args.context_size, 1, args.latent_dim)
+        mean, std = infer(networks["encoder"], memory, args.inference_size, 1, args.latent_dim)
         return (mean + std * torch.randn_like(mean))[0]
 
     prior = lambda num_envs: torch.randn(env.num_agents, num_envs, args.latent_dim)  # noqa: E731
@@ -965,6 +995,7 @@ def parse_args() -> tuple[Args, Path | None, dict | None]:
     free = {"resume", "meta_test", "capture_video"}
     if given.resume:
         free |= {"total_timesteps", "track", "wandb_project_name", "wandb_entity", "checkpoint_interval"}
+        free |= {"checkpoint_minutes"}
     else:
         free |= {"explore_episodes", "test_episodes", "eval_copies", "eval_sample", "seed", "num_threads", "cuda"}
     for name in vars(args):
@@ -1025,10 +1056,10 @@ if __name__ == "__main__":
         "phi_g": encoder.phi_g(),
         "phi_l": encoder.phi_l(),
     }
-    slow, fast = args.encoder_learning_rate, args.learning_rate
+    slow, fast, warmup = args.encoder_learning_rate, args.learning_rate, args.warmup_learning_rate
     learning_rate = dict(actor=fast, critic=fast, phi_g=slow, phi_l=slow)  # after the encoder's warm-up
     optimizers = {
-        name: torch.optim.Adam(params, lr=fast, eps=args.adam_eps, fused=True) for name, params in parameters.items()
+        name: torch.optim.Adam(params, lr=warmup, eps=args.adam_eps, fused=True) for name, params in parameters.items()
     }
     n, num_steps, d = train_env.num_agents, train_env.max_episode_steps, args.latent_dim
     buffer = ContextBuffer(max(1, args.buffer_size // (num_tasks * n * num_steps)))
@@ -1079,8 +1110,28 @@ if __name__ == "__main__":
             file.truncate(saved["csv_bytes"])  # what was written after the checkpoint is done again
     print(f"{run}: {args.total_timesteps:,} steps (joint steps of one copy), {args.num_threads} threads, {device}")
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True)
-    start_time, start_step = time.time(), global_step
+    start_time = checkpoint_time = time.time()
+    start_step, boundary = global_step, saved and saved | {"args": dataclasses.asdict(args)}
     seconds = dict.fromkeys(("rollout", "ppo", "encoder", "eval"), 0.0)
+
+    def stop(number, frame):
+        """SIGINT and SIGTERM end the run by way of `keep`, once the interrupted call has let go of its locks."""
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda *_: os._exit(128 + number))  # a second one stops at once
+        atexit.register(keep, signal.Signals(number).name)
+        sys.exit(128 + number)
+
+    def keep(name: str) -> None:
+        """Save what the last whole iteration left, and say how to go on."""
+        progress.close()
+        writer.close()
+        if boundary:
+            save_checkpoint(run / "checkpoint.pt", boundary)
+        go_on = f"go on with: python {SCRIPT}.py --resume {run}" if boundary else "no iteration was finished"
+        print(f"{SCRIPT}.py: stopped by {name}; {go_on}", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
 
     def evaluate(iteration: int, step: int, curve: bool) -> None:
         begun = time.perf_counter()
@@ -1112,7 +1163,7 @@ if __name__ == "__main__":
         task = torch.randint(num_tasks, (args.num_envs,), device=device)  # [E], index among the training tasks
         with torch.no_grad():  # line 10: C contexts of every task
             every = torch.arange(num_tasks, device=device).repeat(args.rollout_contexts)  # [C * N]
-            x = encoder.embed(buffer.sample(every, args.context_size, args.context_episodes))
+            x = encoder.embed(buffer.sample(every, args.inference_size, args.context_episodes))
             by_context = (args.rollout_contexts, num_tasks)
             local = [p.unflatten(1, by_context).transpose(0, 1)[:, :, task] for p in encoder.local_posterior(x)]
             z_local = draw_z(*local, num_steps)  # [n, T, E, d]
@@ -1142,11 +1193,12 @@ if __name__ == "__main__":
         metrics["charts/episodic_return"] = episodic_return(data).mean()
         for name in [name for name, value in metrics.items() if value.dim()]:  # one value per agent
             metrics[f"{name}_worst"], metrics[name] = metrics[name].min(), metrics[name].mean()
-        values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
-        metrics = dict(zip(metrics, values, strict=True))
-        if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        checked = metrics | {f"rollout/{name}": value.float().mean() for name, value in vars(data).items()}
+        values = torch.stack([value.detach().float() for value in checked.values()]).tolist()
+        if broken := [name for name, value in zip(checked, values, strict=True) if not math.isfinite(value)]:
             progress.close()
             sys.exit(f"{', '.join(broken)} not finite at step {global_step}; last checkpoint: {run / 'checkpoint.pt'}")
+        metrics = dict(zip(metrics, values, strict=False))
         metrics["charts/learning_rate"] = optimizers["actor"].param_groups[0]["lr"]
         metrics["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
         for name, value in metrics.items():
@@ -1160,13 +1212,16 @@ if __name__ == "__main__":
         previous = iteration_steps(args, train_env, iteration)
         if last or global_step // args.eval_interval > previous // args.eval_interval:
             evaluate(iteration + 1, global_step, curve=last)
-        if last or (iteration + 1) % args.checkpoint_interval == 0:
-            content = dict(script=SCRIPT, args=dataclasses.asdict(args), iteration=iteration + 1)
-            content |= dict(csv_bytes=csv_path.stat().st_size, context=buffer.data)
-            content["networks"] = {name: network.state_dict() for name, network in networks.items()}
-            content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+        state = dict(script=SCRIPT, args=dataclasses.asdict(args), iteration=iteration + 1)
+        state |= dict(csv_bytes=csv_path.stat().st_size, context=buffer.data)
+        state["networks"] = copy.deepcopy({name: network.state_dict() for name, network in networks.items()})
+        state["optimizers"] = copy.deepcopy({name: optimizer.state_dict() for name, optimizer in optimizers.items()})
+        boundary = state  # copied, and whole at once: a signal may come at any time, and `stop` saves this
+        due = global_step // args.checkpoint_interval > previous // args.checkpoint_interval
+        if last or due or time.time() - checkpoint_time > 60 * args.checkpoint_minutes:
             writer.flush()
-            save_checkpoint(run / "checkpoint.pt", content)
+            save_checkpoint(run / "checkpoint.pt", boundary)
+            checkpoint_time = time.time()
 
     progress.close()
     if args.capture_video:
@@ -1176,4 +1231,6 @@ if __name__ == "__main__":
         rows = [row for row in csv.DictReader(file) if int(row["step"]) == global_step]
     for row in rows:
         row |= {key: float(row[key]) for key in ("return", "accuracy", "probe") if row[key]}
-    print(f"{time.time() - start_time:.0f} s, " + ", ".join(f"{k[10:]} {v:.2f}" for k, v in summarise(rows).items()))
+    size = (run / "checkpoint.pt").stat().st_size / 1e6
+    print(f"{time.time() - start_time:.0f} s, checkpoint {size:.0f} MB, ", end="")
+    print(", ".join(f"{k[10:]} {v:.2f}" for k, v in summarise(rows).items()))

@@ -12,12 +12,17 @@ those of mg2l_mappo.py read a representation z; there is no encoder, no context 
 """
 
 import ast
+import atexit
+import copy
 import csv
 import dataclasses
+import hashlib
 import io
 import json
 import math
 import os
+import shutil
+import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -77,8 +82,10 @@ class Args:
     """entity (team) of the project in Weights & Biases"""
     capture_video: bool = False
     """write a video of each test task at the end: exploration beside what was learnt"""
-    checkpoint_interval: int = 10
-    """iterations between two checkpoints; one is also written at the end"""
+    checkpoint_interval: int = 100_000
+    """steps between two checkpoints; one is also written at the end"""
+    checkpoint_minutes: float = 10.0
+    """minutes after which one is written in any case"""
 
     # MAPPO (Tables I and II)
     total_timesteps: int | None = None
@@ -505,14 +512,26 @@ def expect(fine: bool, name: str, got, expected: str) -> None:
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
-    """Write beside, sync, rename: a reader finds the old checkpoint or the new one, never a half."""
-    data = io.BytesIO()
+    """Write beside, sync, rename: a reader finds the old checkpoint or the new one, never a half. Keeps the old one.
+
+    Ends in the SHA-256 of all before it. If it can't be written the run stops, and what was there is left whole.
+    """
+    new, data = path.with_suffix(".tmp"), io.BytesIO()
     torch.save(content, data)
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        file.write(data.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    try:
+        new.unlink(missing_ok=True)  # a write that a signal cut short may still hold it open
+        with open(new, "wb") as file:
+            file.write(data.getbuffer())
+            file.write(hashlib.sha256(data.getbuffer()).digest())
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            shutil.copyfile(path, path.with_name("checkpoint_previous.pt"))
+        os.replace(new, path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        # on a line of its own, below the progress bar
+        sys.exit(f"\n{path}: {error.strerror}, expected to write a checkpoint; the last one is as it was")
 
 
 def load_checkpoint(run: str | Path, device="cpu") -> dict:
@@ -520,8 +539,12 @@ def load_checkpoint(run: str | Path, device="cpu") -> dict:
     path = Path(run) / "checkpoint.pt"
     if not path.is_file():
         raise ValueError(f"{path}: got no file there, expected the checkpoint of a run")
+    content = path.read_bytes()
+    data, digest = content[:-32], content[-32:]
+    if hashlib.sha256(data).digest() != digest:
+        raise ValueError(f"{path}: got a damaged file, expected a whole checkpoint, as checkpoint_previous.pt may be")
     try:
-        saved = torch.load(path, map_location=device, weights_only=True)
+        saved = torch.load(io.BytesIO(data), map_location=device, weights_only=True)
     except Exception as error:
         raise ValueError(f"{path}: got {type(error).__name__} reading it, expected a whole checkpoint") from None
     if not isinstance(saved, dict) or saved.get("script") != SCRIPT:
@@ -584,6 +607,7 @@ def parse_args() -> tuple[Args, Path | None, dict | None]:
     free = {"resume", "meta_test", "capture_video"}
     if given.resume:
         free |= {"total_timesteps", "track", "wandb_project_name", "wandb_entity", "checkpoint_interval"}
+        free |= {"checkpoint_minutes"}
     else:
         free |= {"explore_episodes", "test_episodes", "eval_copies", "eval_sample", "seed", "num_threads", "cuda"}
     for name in vars(args):
@@ -684,8 +708,28 @@ if __name__ == "__main__":
             file.truncate(saved["csv_bytes"])  # what was written after the checkpoint is done again
     print(f"{run}: {args.total_timesteps:,} steps (joint steps of one copy), {args.num_threads} threads, {device}")
     progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True)
-    start_time, start_step = time.time(), global_step
+    start_time = checkpoint_time = time.time()
+    start_step, boundary = global_step, saved and saved | {"args": dataclasses.asdict(args)}
     seconds = dict.fromkeys(("rollout", "ppo", "eval"), 0.0)
+
+    def stop(number, frame):
+        """SIGINT and SIGTERM end the run by way of `keep`, once the interrupted call has let go of its locks."""
+        for each in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(each, lambda *_: os._exit(128 + number))  # a second one stops at once
+        atexit.register(keep, signal.Signals(number).name)
+        sys.exit(128 + number)
+
+    def keep(name: str) -> None:
+        """Save what the last whole iteration left, and say how to go on."""
+        progress.close()
+        writer.close()
+        if boundary:
+            save_checkpoint(run / "checkpoint.pt", boundary)
+        go_on = f"go on with: python {SCRIPT}.py --resume {run}" if boundary else "no iteration was finished"
+        print(f"{SCRIPT}.py: stopped by {name}; {go_on}", file=sys.stderr)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
 
     def evaluate(iteration: int, step: int, curve: bool) -> None:
         begun = time.perf_counter()
@@ -720,11 +764,12 @@ if __name__ == "__main__":
         metrics["charts/episodic_return"] = episodic_return(data).mean()
         for name in [name for name, value in metrics.items() if value.dim()]:  # one value per agent
             metrics[f"{name}_worst"], metrics[name] = metrics[name].min(), metrics[name].mean()
-        values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
-        metrics = dict(zip(metrics, values, strict=True))
-        if broken := [name for name, value in metrics.items() if not math.isfinite(value)]:
+        checked = metrics | {f"rollout/{name}": value.float().mean() for name, value in vars(data).items()}
+        values = torch.stack([value.detach().float() for value in checked.values()]).tolist()
+        if broken := [name for name, value in zip(checked, values, strict=True) if not math.isfinite(value)]:
             progress.close()
             sys.exit(f"{', '.join(broken)} not finite at step {global_step}; last checkpoint: {run / 'checkpoint.pt'}")
+        metrics = dict(zip(metrics, values, strict=False))
         metrics["charts/learning_rate"] = optimizers["actor"].param_groups[0]["lr"]
         metrics["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
         for name, value in metrics.items():
@@ -738,13 +783,16 @@ if __name__ == "__main__":
         previous = iteration_steps(args, train_env, iteration)
         if last or global_step // args.eval_interval > previous // args.eval_interval:
             evaluate(iteration + 1, global_step, curve=last)
-        if last or (iteration + 1) % args.checkpoint_interval == 0:
-            content = dict(script=SCRIPT, args=dataclasses.asdict(args), iteration=iteration + 1)
-            content |= dict(csv_bytes=csv_path.stat().st_size)
-            content["networks"] = {name: network.state_dict() for name, network in networks.items()}
-            content["optimizers"] = {name: optimizer.state_dict() for name, optimizer in optimizers.items()}
+        state = dict(script=SCRIPT, args=dataclasses.asdict(args), iteration=iteration + 1)
+        state |= dict(csv_bytes=csv_path.stat().st_size)
+        state["networks"] = copy.deepcopy({name: network.state_dict() for name, network in networks.items()})
+        state["optimizers"] = copy.deepcopy({name: optimizer.state_dict() for name, optimizer in optimizers.items()})
+        boundary = state  # copied, and whole at once: a signal may come at any time, and `stop` saves this
+        due = global_step // args.checkpoint_interval > previous // args.checkpoint_interval
+        if last or due or time.time() - checkpoint_time > 60 * args.checkpoint_minutes:
             writer.flush()
-            save_checkpoint(run / "checkpoint.pt", content)
+            save_checkpoint(run / "checkpoint.pt", boundary)
+            checkpoint_time = time.time()
 
     progress.close()
     if args.capture_video:
@@ -754,4 +802,6 @@ if __name__ == "__main__":
         rows = [row for row in csv.DictReader(file) if int(row["step"]) == global_step]
     for row in rows:
         row |= {key: float(row[key]) for key in ("return", "accuracy", "probe") if row[key]}
-    print(f"{time.time() - start_time:.0f} s, " + ", ".join(f"{k[10:]} {v:.2f}" for k, v in summarise(rows).items()))
+    size = (run / "checkpoint.pt").stat().st_size / 1e6
+    print(f"{time.time() - start_time:.0f} s, checkpoint {size:.0f} MB, ", end="")
+    print(", ".join(f"{k[10:]} {v:.2f}" for k, v in summarise(rows).items()))

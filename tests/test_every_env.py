@@ -3,6 +3,7 @@
 import csv
 import json
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -46,6 +47,7 @@ def test_two_iterations(script, env_id, tmp_path, monkeypatch):
     argv += ["--eval-interval", total, "--run-dir", tmp_path, "--run-name", "run"]
     argv += ["--env-kwargs", *settings] if settings else []
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Ctrl-C goes on to stop the tests
     module = runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
 
     assert json.loads((tmp_path / "run" / "args.json").read_text())["script"] == script

@@ -2,6 +2,7 @@
 
 import csv
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +25,7 @@ figures = runpy.run_path(str(ROOT / "benchmark" / "figures.py"))
 
 def command(monkeypatch, path, *argv):
     monkeypatch.setattr(sys, "argv", [str(path), *map(str, argv)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Ctrl-C goes on to stop the tests
     runpy.run_path(str(path), run_name="__main__")
 
 

@@ -75,7 +75,7 @@ def make_env(name, num_envs):
 def small(env, **changes):
     """Arguments, networks, optimizers and a full context buffer, all small, as the script makes them."""
     wanted = dict(num_envs=env.num_envs, hidden_dim=16, latent_dim=4, encoder_dim=8, encoder_heads=2, context_size=6)
-    wanted |= dict(update_epochs=3, rollout_contexts=3, eval_copies=6, num_queries=6, num_key_sets=2, context_sets=3)
+    wanted |= dict(update_epochs=3, rollout_contexts=3, eval_copies=6, inference_size=7, context_sets=3)
     known = {field.name for field in dataclasses.fields(mg2l.Args)}
     args = mg2l.Args(**{name: value for name, value in (wanted | changes).items() if name in known})
     nets = types.SimpleNamespace(**mg2l.build(args, env, CPU))

@@ -3,6 +3,7 @@
 import copy
 import csv
 import runpy
+import signal
 import sys
 import types
 from pathlib import Path
@@ -365,8 +366,13 @@ SMALL = "--num-envs 2 --update-epochs 1 --encoder-updates 2 --explore-episodes 1
 
 def call(*argv):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(SCRIPT), *SMALL.split(), *map(str, argv)])
+        patch.setattr(sys, "argv", [str(SCRIPT), *map(str, argv)])
+        patch.setattr(signal, "signal", lambda *_: None)  # Ctrl-C goes on to stop the tests
         runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+def train(*argv):
+    call(*SMALL.split(), *argv)
 
 
 def identical(a, b):
@@ -386,15 +392,13 @@ def test_command_line_and_resume(env_id, copies, tmp_path, monkeypatch):
         if len(saved) == 1:
             raise KeyboardInterrupt
 
-    call("--env-id", env_id, "--total-timesteps", 400, "--run-name", "whole", *folder)
+    train("--env-id", env_id, "--total-timesteps", 400, "--run-name", "whole", *folder)
     monkeypatch.setattr(mate.os, "replace", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
-        call("--env-id", env_id, "--total-timesteps", 400, "--run-name", "cut", *folder)
+        train("--env-id", env_id, "--total-timesteps", 400, "--run-name", "cut", *folder)
     monkeypatch.undo()
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", [str(SCRIPT), "--resume", str(cut)])
-        runpy.run_path(str(SCRIPT), run_name="__main__")
+    call("--resume", cut)
     a, b = (torch.load(run / "checkpoint.pt", weights_only=True) for run in (whole, cut))
     assert a["iteration"] == 2
     assert all(identical(a[key], b[key]) for key in ("networks", "optimizers", "iteration", "csv_bytes"))
@@ -406,9 +410,8 @@ def test_command_line_and_resume(env_id, copies, tmp_path, monkeypatch):
 
     # both ways to be tested, from one run
     for flag, steps in (("--no-reset-per-episode", None), ("--reset-per-episode", 1)):
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-            patch.setattr(sys, "argv", [str(SCRIPT), "--meta-test", str(whole), flag])
-            runpy.run_path(str(SCRIPT), run_name="__main__")
+        with pytest.raises(SystemExit):
+            call("--meta-test", whole, flag)
         tested = list(csv.DictReader(open(whole / "meta_test_only.csv")))
         returns = {r["return"] for r in tested if r["phase"] == "curve" and r["run"] == "0"}
         assert steps is None or len(returns) == steps
@@ -426,7 +429,7 @@ def test_command_line_and_resume(env_id, copies, tmp_path, monkeypatch):
 
 
 def test_load_agents_acts_as_in_a_rollout(tmp_path):
-    call("--no-cuda", "--total-timesteps", 200, "--run-name", "run", "--run-dir", tmp_path, "--eval-copies", 3)
+    train("--no-cuda", "--total-timesteps", 200, "--run-name", "run", "--run-dir", tmp_path, "--eval-copies", 3)
     agents = mate.load_agents(tmp_path / "run")
     data = mate.rollout_recurrent(agents.env, agents.actor, agents.encoder, np.array([1]), 3, greedy=True)
     env = envs.make("hunting_target")

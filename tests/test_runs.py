@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import hashlib
 import io
 import json
 import math
@@ -10,6 +11,7 @@ import pickle
 import re
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -29,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 MODULES = {"mg2l_mappo": mg2l_mappo, "task_given": task_given}
 every_script = pytest.mark.parametrize("script", MODULES)
 SMALL = "--num-envs 2 --update-epochs 2 --eval-copies 6 --eval-interval 400 --num-threads 1".split()
-CONTEXT = "--warmup-episodes 2 --warmup-updates 2 --context-copies 1 --encoder-updates 2".split()
+CONTEXT = "--warmup-episodes 2 --warmup-updates 2 --context-copies 1 --context-interval 1 --encoder-updates 2".split()
 ITERATIONS = 3
 # three iterations each; the buffer of mg2l_mappo.py holds two episodes, so that the third collection pushes one out
 TOTAL = {"mg2l_mappo": 1800, "task_given": 600}
@@ -56,6 +58,7 @@ def call(script, *argv):
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", [f"{script}.py", *map(str, argv)])
+        patch.setattr(signal, "signal", lambda *_: None)  # Ctrl-C goes on to stop the tests
         try:
             runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
         except SystemExit as stop:
@@ -231,7 +234,7 @@ def test_finished_run(script, trained):
 def test_same_seed_same_run(script, trained, tmp_path):
     torch.manual_seed(12345)  # whatever was drawn before
     np.random.seed(12345)
-    result = train(script, tmp_path, "--checkpoint-interval", 10)  # only at the end
+    result = train(script, tmp_path, "--checkpoint-interval", 10**6)  # only at the end
     assert result.code == 0, result.err
     again, first = tmp_path / "run", trained[script].run
     assert (again / "meta_test.csv").read_bytes() == (first / "meta_test.csv").read_bytes()
@@ -407,11 +410,12 @@ def test_load_agents_refuses(script, tmp_path):
 
 POSITIVE = (
     "num_envs update_epochs total_timesteps eval_interval eval_copies test_episodes checkpoint_interval hidden_dim "
-    "learning_rate adam_eps gamma clip_coef huber_delta max_grad_norm"
+    "checkpoint_minutes learning_rate adam_eps gamma clip_coef huber_delta max_grad_norm"
 ).split()
 CONTEXT_POSITIVE = (
-    "latent_dim encoder_dim encoder_heads temperature context_size buffer_size context_episodes context_copies "
-    "warmup_episodes context_interval context_sets rollout_contexts encoder_learning_rate"
+    "latent_dim encoder_dim encoder_heads temperature context_size inference_size buffer_size context_episodes "
+    "context_copies warmup_episodes context_interval context_sets rollout_contexts encoder_learning_rate "
+    "warmup_learning_rate"
 ).split()
 BAD = [  # flags, what the line must say
     *(([f"--{name.replace('_', '-')}", "0"], name.replace("_", "-")) for name in POSITIVE),
@@ -502,7 +506,7 @@ def edit(change):
     def apply(path, script):
         saved = torch.load(path, weights_only=True)
         change(saved, script)
-        torch.save(saved, path)
+        MODULES[script].save_checkpoint(path, saved)  # so that its digest is right
 
     return apply
 
@@ -513,8 +517,9 @@ BROKEN = {
     "truncated": lambda path, script: path.write_bytes(path.read_bytes()[:-1000]),
     "half": lambda path, script: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "random bytes": lambda path, script: path.write_bytes(np.random.default_rng(0).bytes(4096)),
-    "no dictionary": lambda path, script: torch.save([1, 2], path),
-    "no script": lambda path, script: torch.save({"weights": torch.zeros(3)}, path),
+    "no digest": lambda path, script: torch.save(torch.load(path, weights_only=True), path),
+    "no dictionary": lambda path, script: MODULES[script].save_checkpoint(path, [1, 2]),
+    "no script": lambda path, script: MODULES[script].save_checkpoint(path, {"weights": torch.zeros(3)}),
     "the other script": edit(lambda saved, script: saved.update(script=(MODULES.keys() - {script}).pop())),
     "other shapes": edit(lambda saved, script: saved["args"].update(hidden_dim=64)),
     "other agents": edit(lambda saved, script: saved["args"].update(env_kwargs=("num_predators=2",))),
@@ -583,9 +588,10 @@ def test_checkpoint_runs_no_code(script, plain, tmp_path):
     run.mkdir()
     content = {"script": script, "args": Malicious(trace)}
     if plain:
-        (run / "checkpoint.pt").write_bytes(pickle.dumps(content, protocol=2))
+        data = pickle.dumps(content, protocol=2)
+        (run / "checkpoint.pt").write_bytes(data + hashlib.sha256(data).digest())
     else:
-        torch.save(content, run / "checkpoint.pt")
+        MODULES[script].save_checkpoint(run / "checkpoint.pt", content)
     one_line(call(script, "--resume", run), script, "checkpoint.pt")
     one_line(call(script, "--meta-test", run), script, "checkpoint.pt")
     with pytest.raises(ValueError, match="checkpoint.pt"):
@@ -624,7 +630,8 @@ def test_not_finite(script, value, trained, tmp_path, monkeypatch):
     result = train(script, tmp_path)
     assert result.code not in (0, 2)
     message = result.err.splitlines()[-1]
-    assert "losses/value_loss" in message and "charts/episodic_return" in message and "not finite" in message
+    for name in ("rollout/reward", "losses/value_loss", "charts/episodic_return", "not finite"):
+        assert name in message
     assert f"step {STEPS[script][1]}" in message and str(tmp_path / "run" / "checkpoint.pt") in message
     assert "Traceback" not in result.err
 
@@ -642,20 +649,22 @@ def test_not_finite(script, value, trained, tmp_path, monkeypatch):
 def test_full_disk_leaves_the_last_checkpoint(script, trained, tmp_path, monkeypatch):
     fsync, calls = os.fsync, []
 
-    def fails_the_second_time(descriptor):
+    def fails_the_third_time(descriptor):
         calls.append(descriptor)
-        if len(calls) == 2:
+        if len(calls) == 3:
             os.ftruncate(descriptor, 1000)
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
-    monkeypatch.setattr(os, "fsync", fails_the_second_time)
-    with pytest.raises(OSError, match="No space left"):
-        train(script, tmp_path)
-    assert len(calls) == 2
+    monkeypatch.setattr(os, "fsync", fails_the_third_time)
+    result = train(script, tmp_path)
+    assert len(calls) == 3 and result.code == 1 and "Traceback" not in result.err
     run = tmp_path / "run"
-    assert checkpoint_of(run)["iteration"] == 1
-    assert identical(checkpoint_of(run)["networks"], checkpoint_of(trained[script].snapshots["after-1"])["networks"])
+    assert result.err.splitlines()[-1].startswith(f"{run / 'checkpoint.pt'}: No space left on device")
+    assert not (run / "checkpoint.tmp").exists()  # it takes no room
+    for name, snapshot in (("checkpoint.pt", "after-2"), ("checkpoint_previous.pt", "after-1")):
+        found, expected = torch.load(run / name, weights_only=True), checkpoint_of(trained[script].snapshots[snapshot])
+        assert identical(found["networks"], expected["networks"]) and found["iteration"] == expected["iteration"]
     MODULES[script].load_agents(run)
 
 
@@ -667,4 +676,10 @@ def test_checkpoint_is_synced_and_then_put_in_place(script, tmp_path, monkeypatc
     MODULES[script].save_checkpoint(path, {"script": script, "x": torch.arange(1000)})
     assert order == [("fsync", path.stat().st_size), ("replace", "checkpoint.pt")]
     assert torch.equal(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["x"], torch.arange(1000))
-    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+    first = contents(tmp_path)
+    assert first.keys() == {"checkpoint.pt"}
+    assert hashlib.sha256(first["checkpoint.pt"][:-32]).digest() == first["checkpoint.pt"][-32:]
+    MODULES[script].save_checkpoint(path, {"script": script, "x": torch.arange(5)})
+    assert torch.equal(torch.load(tmp_path / "checkpoint.pt", weights_only=True)["x"], torch.arange(5))
+    assert contents(tmp_path).keys() == {"checkpoint.pt", "checkpoint_previous.pt"}
+    assert contents(tmp_path)["checkpoint_previous.pt"] == first["checkpoint.pt"]
