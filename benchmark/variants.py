@@ -1,0 +1,80 @@
+"""What a flag does: a table of finished runs, one row for each set of flags that differ from the script's defaults.
+
+    python benchmark/variants.py runs/*
+
+For each setting and script, the runs with the defaults come first. Return, accuracy and seconds are those of the last
+evaluation, as in benchmark/figures.py, whose intervals these are; "training" is the mean return of the last ten
+iterations, which is steadier, since it averages over hundreds of episodes.
+"""
+
+import argparse
+import importlib
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from figures import interval, read
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the scripts
+import envs  # noqa: E402
+
+NOT_OF_THE_METHOD = {"env_id", "env_kwargs", "seed", "run_dir", "run_name", "num_threads", "cuda", "total_timesteps"}
+NOT_OF_THE_METHOD |= {"resume", "meta_test", "capture_video", "eval_interval", "checkpoint_interval"}
+NOT_OF_THE_METHOD |= {"track", "wandb_project_name", "wandb_entity", "checkpoint_minutes"}
+
+
+def changed_flags(args: dict) -> str:
+    """The flags of a run's args.json that are not the script's defaults for its environment, as one would type them."""
+    script = importlib.import_module(args["script"])
+    column = envs.ENV_IDS.index(args["env_id"])
+    flags = []
+    for name, value in args.items():
+        if name == "script" or name in NOT_OF_THE_METHOD:
+            continue
+        default = getattr(script.Args(), name, None)
+        if default is None and name in script.ENV_DEFAULTS:
+            default = script.ENV_DEFAULTS[name][column]
+        if value != default:
+            flags.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join(flags)
+
+
+def last_training_return(run: Path) -> float:
+    """Mean of charts/episodic_return over the last ten iterations."""
+    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
+    events.Reload()
+    return float(np.mean([event.value for event in events.Scalars("charts/episodic_return")][-10:]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    groups = defaultdict(lambda: defaultdict(list))
+    for run in parser.parse_args().runs:
+        rows = read(run)
+        if not rows:
+            print(f"not finished, left out: {run}")
+            continue
+        args = json.loads((run / "args.json").read_text())
+        group = groups[rows[0]["setting"], rows[0]["script"], changed_flags(args)]
+        last = [row for row in rows if row["step"] == max(row["step"] for row in rows)]
+        for phase in ("prior", "posterior"):
+            group[phase].append(float(np.mean([row["return"] for row in last if row["phase"] == phase])))
+        told = [row["accuracy"] for row in last if row["phase"] == "posterior" and row["accuracy"] != ""]
+        group["accuracy"] += [float(np.mean(told))] if told else []
+        group["training"].append(last_training_return(run))
+        group["seconds"].append(last[0]["wall_seconds"])
+    print("| setting | script | flags | seeds | exploration | after inference | training | accuracy of z^i | seconds |")
+    print("|---" * 9 + "|")
+    for (setting, script, flags), group in sorted(groups.items()):
+        cells = [setting, script, f"`{flags}`" if flags else "defaults", str(len(group["posterior"]))]
+        cells += [interval(group[key]) for key in ("prior", "posterior", "training")]
+        cells.append(f"{np.mean(group['accuracy']):.2f}" if group["accuracy"] else "")
+        print("| " + " | ".join([*cells, f"{np.median(group['seconds']):.0f}"]) + " |")
+
+
+if __name__ == "__main__":
+    main()
