@@ -34,7 +34,8 @@ def read(run: Path) -> list[dict]:
     """Tidy rows of one run: means over episodes and copies for each step, task and phase; none if it is unfinished."""
     args = json.loads((run / "args.json").read_text())
     script = args["script"]
-    if args.get("task_label", "one-hot") != ("parameters" if args["env_id"] == "hopper_param" else "one-hot"):
+    oracle_label = "parameters" if args["env_id"] == "hopper_param" else "one-hot"
+    if args.get("task_label", oracle_label) != oracle_label:
         script += f" {args['task_label']}"
     setting = " ".join([args["env_id"], *args["env_kwargs"]])
     with open(run / "meta_test.csv") as file:

@@ -135,8 +135,8 @@ def test_more_context_makes_more_certain():
 
 def small(env, **changes):
     """Arguments, networks, optimizers and a full context buffer, all small, as the script makes them."""
-    wanted = dict(num_envs=env.num_envs, hidden_dim=16, latent_dim=4, encoder_dim=8, context_size=6, update_epochs=3)
-    wanted |= dict(rollout_contexts=3, eval_copies=6)
+    wanted = dict(num_envs=env.num_envs, hidden_dim=16, latent_dim=4, encoder_dim=8, context_size=6, inference_size=6)
+    wanted |= dict(update_epochs=3, rollout_contexts=3, eval_copies=6)
     args = pearl.Args(**(wanted | changes))
     nets = SimpleNamespace(**pearl.build(args, env, torch.device("cpu")))
     optimizers = {
