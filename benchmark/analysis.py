@@ -80,7 +80,7 @@ def infer(module, agents, memory, size: int | None = None, encoder=None) -> tupl
 
 @torch.no_grad()
 def representations(module, agents, memory: list[torch.Tensor]) -> dict[str, np.ndarray]:
-    """Means of what is inferred from each of E memories: z^i of every agent and, where there is one, z, each [E, d]."""
+    """Means of what is inferred from each of E memories: z^i of up to eight agents, and z where it is, each [E, d]."""
     encoder, size = agents.encoder, getattr(agents.args, "inference_size", None)
     if module.SCRIPT == "mix_mate":
         local, whole = module.mean_and_std(module.recall(encoder, memory)[0])[0], []
@@ -90,7 +90,7 @@ def representations(module, agents, memory: list[torch.Tensor]) -> dict[str, np.
             context = own[torch.randperm(len(own))[:size]].transpose(0, 1)[None]  # [1, n, B, dim]
             of_all = encoder.local_posterior(context) if module.SCRIPT == "ma_pearl" else [encoder.embed(context)]
             whole.append(encoder.global_posterior(*of_all)[0])
-    found = {f"$z^{i + 1}$": own.numpy() for i, own in enumerate(local)}
+    found = {f"$z^{i + 1}$": own.numpy() for i, own in enumerate(local[:8])}
     return found | ({"global $z$": torch.cat(whole).numpy()} if whole else {})
 
 
