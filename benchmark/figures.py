@@ -122,6 +122,9 @@ def main() -> None:
         new = read(run)
         if not new:
             print(f"not finished, left out: {run}")
+        elif new[0]["script"] not in COLOURS:
+            print(f"a run of {new[0]['script']}, which these figures do not show, left out: {run}")
+            continue
         rows += new
     if not rows:
         parser.error("got no finished run, expected at least one")
@@ -137,9 +140,12 @@ def main() -> None:
     head = ("setting", "script", "seeds", "exploration (prior)", "after inference (posterior)", "gap closed")
     print("| " + " | ".join([*head, "CL accuracy of z^i", "probe", "seconds"]) + " |")
     print("|---" * 9 + "|")
-    learning, axes = plt.subplots(1, len(settings), figsize=(4.5 * len(settings), 3.4), squeeze=False)
-    adapting, more_axes = plt.subplots(2, len(settings), figsize=(4.5 * len(settings), 5.4), squeeze=False)
+    columns, lines = min(3, len(settings)), -(-len(settings) // 3)  # three settings side by side
+    learning, axes = plt.subplots(lines, columns, figsize=(4.5 * columns, 3.4 * lines), squeeze=False)
+    adapting, more_axes = plt.subplots(2 * lines, columns, figsize=(4.5 * columns, 5.4 * lines), squeeze=False)
     for k, setting in enumerate(settings):
+        line, column = divmod(k, columns)
+        axis, return_axis, accuracy_axis = axes[line, column], *more_axes[2 * line : 2 * line + 2, column]
         here = [row for row in rows if row["setting"] == setting]
         last = {script: max([row["step"] for row in here if row["script"] == script], default=0) for script in COLOURS}
         final = {s: by_seed(here, "return", script=s, step=last[s], phase="posterior") for s in COLOURS}
@@ -157,17 +163,21 @@ def main() -> None:
 
             steps = sorted({row["step"] for row in own})
             curve = [by_seed(own, "return", step=step, phase="posterior") for step in steps]
-            draw(axes[0, k], [step / 1000 for step in steps], curve, script)
+            draw(axis, [step / 1000 for step in steps], curve, script)
             begun = sorted({row["context_steps"] for row in own if row["phase"] == "curve"})
-            for axis, key in zip(more_axes[:, k], ("return", "accuracy"), strict=True):
+            for each, key in ((return_axis, "return"), (accuracy_axis, "accuracy")):
                 curve = [by_seed(own, key, phase="curve", context_steps=steps) for steps in begun]
                 if all(curve):
-                    draw(axis, begun, curve, script)
-        axes[0, k].set(title=setting, xlabel="environment steps (thousands)", ylabel="meta-test return (posterior)")
-        more_axes[0, k].set(title=setting, ylabel="return of an episode")
-        more_axes[1, k].set(xlabel="context (steps of exploration)", ylabel="CL accuracy of z^i")
-        for axis in (axes[0, k], more_axes[0, k]):
-            axis.legend(fontsize=7)
+                    draw(each, begun, curve, script)
+        axis.set_title(setting, fontsize=9)
+        axis.set(xlabel="environment steps (thousands)", ylabel="meta-test return (posterior)")
+        return_axis.set_title(setting, fontsize=9)
+        return_axis.set(ylabel="return of an episode")
+        accuracy_axis.set(xlabel="context (steps of exploration)", ylabel="CL accuracy of z^i")
+        axis.legend(fontsize=7)
+        return_axis.legend(fontsize=7)
+    for axis in [*axes.flat, *more_axes.flat]:
+        axis.set_visible(axis.has_data())
     save(learning, args.out / "curves.png")
     save(adapting, args.out / "adaptation.png")
 
