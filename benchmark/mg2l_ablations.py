@@ -1217,7 +1217,7 @@ if __name__ == "__main__":
     if saved:
         try:
             restore(networks, saved["networks"], run)
-            restore(optimizers, saved["optimizers"], run)
+            restore(optimizers, copy.deepcopy(saved["optimizers"]), run)  # they would go on in its tensors
         except ValueError as error:
             fail(str(error))
         buffer.data, start = saved["context"].to(device), saved["iteration"]
