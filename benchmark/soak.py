@@ -1,4 +1,4 @@
-"""Whether long runs keep their memory, open files, threads and speed: mg2l_mappo.py with small settings, many iterations.
+"""Whether long runs keep their memory, open files, threads and speed: many small iterations of mg2l_mappo.py.
 
     python benchmark/soak.py                                        # all six environments, about 20 minutes each
     python benchmark/soak.py --env-id hunting_target --iterations 1000
@@ -11,7 +11,6 @@ Exits with 1 if memory grows by more than 2 %, or if files or threads are not as
 
 import argparse
 import contextlib
-import io
 import os
 import runpy
 import statistics
@@ -58,11 +57,11 @@ def soak(env_id: str, iterations: int) -> bool:
             samples.append(sample())
         add_scalar(writer, name, *given)
 
-    with tempfile.TemporaryDirectory() as folder:
+    SummaryWriter.add_scalar = watched
+    with tempfile.TemporaryDirectory() as folder, open(os.devnull, "w") as nothing:
         pairs = [(f"--{name.replace('_', '-')}", str(value)) for name, value in flags.items()]
         sys.argv = ["mg2l_mappo.py", *(word for pair in pairs for word in pair), "--no-cuda", "--run-dir", folder]
-        SummaryWriter.add_scalar = watched
-        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
             runpy.run_path(str(ROOT / "mg2l_mappo.py"), run_name="__main__")
 
     tenth = max(1, len(samples) // 10)

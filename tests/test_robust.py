@@ -463,24 +463,6 @@ def made(monkeypatch):
     return changes
 
 
-def broken_step(script, what, value, copies=2, number=2):
-    """Something is no number in the middle of the second rollout of the environment with so many copies."""
-
-    def change(env):
-        steps, step = itertools.count(), env.step
-
-        def bad_step(actions):
-            obs, reward, *rest = step(actions)
-            if next(steps) == EPISODE * (number - 1) + EPISODE // 2:
-                (obs if what == "obs" else reward)[0, 0] = value
-            return obs, reward, *rest
-
-        if env.num_envs == copies:
-            env.step = bad_step
-
-    return change
-
-
 def stops_in_the_second_iteration(result, script, run, *names):
     """It says what is no number, and nothing of it is kept."""
     assert result.code == 1, result.err
