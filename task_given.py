@@ -289,6 +289,9 @@ def rollout(env, actor, task, z, seed, greedy=False, frames=None) -> SimpleNames
         if ended.any():
             next_obs = np.where(ended[:, None, None], info["final_obs"], obs)
             next_state = np.where(ended[:, None], info["final_state"], next_state)
+        for what, values in dict(observation=next_obs, reward=reward).items():
+            if not np.isfinite(values).all():
+                fail(f"{what} not finite after {t + 1} steps of {env.env_id}; the last checkpoint is as it was", 1)
         step = dict(obs=obs_in, action=action, log_prob=policy.log_prob(action), next_obs=next_obs.swapaxes(0, 1))
         step |= dict(reward=reward, state=state, next_state=next_state, terminated=terminated, ended=ended)
         steps.append(step)
@@ -460,10 +463,10 @@ def write_videos(args, actor, folder: Path, iteration: int, device) -> None:
 # Runs: arguments, run folder, checkpoint. Nothing of the algorithm.
 
 
-def fail(message: str) -> None:
-    """Say in one line what is wrong and stop, before anything was written."""
-    print(f"{SCRIPT}.py: {message}", file=sys.stderr)
-    sys.exit(2)
+def fail(message: str, code: int = 2) -> None:
+    """Say in one line what is wrong and stop: 2 for bad input, before anything was written, 1 for what went wrong."""
+    print("\n" * (code == 1) + f"{SCRIPT}.py: {message}", file=sys.stderr)  # below the progress bar
+    sys.exit(code)
 
 
 def make_env(args: Args, num_envs: int) -> envs.MetaVectorEnv:
@@ -514,7 +517,7 @@ def expect(fine: bool, name: str, got, expected: str) -> None:
 def save_checkpoint(path: Path, content: dict) -> None:
     """Write beside, sync, rename: a reader finds the old checkpoint or the new one, never a half. Keeps the old one.
 
-    Ends in the SHA-256 of all before it. If it can't be written the run stops, and what was there is left whole.
+    Ends in the SHA-256 of all before it. Raises OSError if it can't be written; what was there is left whole.
     """
     new, data = path.with_suffix(".tmp"), io.BytesIO()
     torch.save(content, data)
@@ -528,10 +531,9 @@ def save_checkpoint(path: Path, content: dict) -> None:
         if path.exists():
             shutil.copyfile(path, path.with_name("checkpoint_previous.pt"))
         os.replace(new, path)
-    except OSError as error:
+    except OSError:
         new.unlink(missing_ok=True)
-        # on a line of its own, below the progress bar
-        sys.exit(f"\n{path}: {error.strerror}, expected to write a checkpoint; the last one is as it was")
+        raise
 
 
 def load_checkpoint(run: str | Path, device="cpu") -> dict:
@@ -700,7 +702,10 @@ if __name__ == "__main__":
         import wandb
 
         where = dict(project=args.wandb_project_name, entity=args.wandb_entity, name=run.name, dir=str(run))
-        wandb.init(**where, config=dataclasses.asdict(args), sync_tensorboard=True)
+        try:
+            wandb.init(**where, config=dataclasses.asdict(args), sync_tensorboard=True)
+        except wandb.Error as error:
+            print(f"track: {error}; training goes on without Weights & Biases", file=sys.stderr)
     writer = SummaryWriter(str(run), purge_step=global_step + 1 if saved else None)
     csv_path = run / "meta_test.csv"
     if saved:
@@ -722,12 +727,22 @@ if __name__ == "__main__":
     def keep(name: str) -> None:
         """Save what the last whole iteration left, and say how to go on."""
         progress.close()
-        writer.close()
-        if boundary:
-            save_checkpoint(run / "checkpoint.pt", boundary)
         go_on = f"go on with: python {SCRIPT}.py --resume {run}" if boundary else "no iteration was finished"
+        try:
+            if boundary:
+                save_checkpoint(run / "checkpoint.pt", boundary)
+        except OSError as error:
+            go_on = f"{run}: {error}, expected to write; the last checkpoint is as it was"
         print(f"{SCRIPT}.py: stopped by {name}; {go_on}", file=sys.stderr)
+        writer.close()
 
+    def explain(kind, error, trace) -> None:
+        """What can't be written ends the run in one line; any other error is one of the program and shows its trace."""
+        if not isinstance(error, OSError):
+            return sys.__excepthook__(kind, error, trace)
+        print(f"\n{SCRIPT}.py: {run}: {error}, expected to write; the last checkpoint is as it was", file=sys.stderr)
+
+    sys.excepthook = explain
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
 
@@ -764,12 +779,10 @@ if __name__ == "__main__":
         metrics["charts/episodic_return"] = episodic_return(data).mean()
         for name in [name for name, value in metrics.items() if value.dim()]:  # one value per agent
             metrics[f"{name}_worst"], metrics[name] = metrics[name].min(), metrics[name].mean()
-        checked = metrics | {f"rollout/{name}": value.float().mean() for name, value in vars(data).items()}
-        values = torch.stack([value.detach().float() for value in checked.values()]).tolist()
-        if broken := [name for name, value in zip(checked, values, strict=True) if not math.isfinite(value)]:
-            progress.close()
-            sys.exit(f"{', '.join(broken)} not finite at step {global_step}; last checkpoint: {run / 'checkpoint.pt'}")
-        metrics = dict(zip(metrics, values, strict=False))
+        values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
+        if broken := [name for name, value in zip(metrics, values, strict=True) if not math.isfinite(value)]:
+            fail(f"{', '.join(broken)} not finite at step {global_step}; the last checkpoint is as it was", 1)
+        metrics = dict(zip(metrics, values, strict=True))
         metrics["charts/learning_rate"] = optimizers["actor"].param_groups[0]["lr"]
         metrics["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
         for name, value in metrics.items():
@@ -796,7 +809,10 @@ if __name__ == "__main__":
 
     progress.close()
     if args.capture_video:
-        write_videos(args, actor, run / "videos", num_iterations, device)
+        try:
+            write_videos(args, actor, run / "videos", num_iterations, device)
+        except Exception as error:  # no display, no driver: what was trained is whole all the same
+            print(f"capture-video: got {type(error).__name__}: {error}; no video was written", file=sys.stderr)
     writer.close()
     with open(csv_path) as file:
         rows = [row for row in csv.DictReader(file) if int(row["step"]) == global_step]

@@ -354,6 +354,17 @@ def test_second_signal(name, code, start, whole, tmp_path):
     same_end(tmp_path / "run", whole(*CHEAP).run)
 
 
+def test_signal_on_a_full_disk(start, whole, tmp_path):
+    """The line says that nothing more could be kept."""
+    first = f"at(5, {ADAM}, after=send(signal.SIGTERM)); at(3, os, 'fsync', before=full)"
+    result = start(CHEAP[0], *command(*CHEAP, tmp_path), first=first)
+    assert result.code in (1, 143) and "Traceback" not in result.err, result.err
+    assert NO_ROOM in result.err.splitlines()[-1]
+    assert task_given.load_checkpoint(tmp_path / "run")["iteration"] == 2
+    goes_on(start, CHEAP[0], tmp_path / "run")
+    same_end(tmp_path / "run", whole(*CHEAP).run)
+
+
 # ---- no room, no permission ----
 
 REFUSED = {  # the write that fails, what the line says, the iteration that is then kept, and flags
@@ -372,13 +383,30 @@ REFUSED = {  # the write that fails, what the line says, the iteration that is t
 }
 
 
+@pytest.mark.parametrize("what", REFUSED)
+def test_write_that_fails(what, start, whole, tmp_path):
+    """The run ends with a line that says why, and goes on from the last checkpoint when there is room again."""
+    (first, why, iteration, flags), (script, _), run = REFUSED[what], CHEAP, tmp_path / "run"
+    result = start(script, *command(*CHEAP, tmp_path, *flags), first=first)
+    assert result.code == 1, result.err
+    line = result.err.splitlines()[-1]
+    assert line.startswith(f"{script}.py: {run}") and why in line, result.err
+    assert "Traceback" not in result.err or what == "an event"  # that is written, and told of, by another thread
+    assert task_given.load_checkpoint(run)["iteration"] == iteration
+    assert what == "anything" or "checkpoint.tmp" not in contents(run)  # it takes no room
+    goes_on(start, script, run)
+    if not flags:
+        same_end(run, whole(*CHEAP).run)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
 def test_folder_without_permission(start, tmp_path):
     first = "at(2, os, 'replace', after=lambda _, path: os.chmod(pathlib.Path(path).parent, 0o500))"
     result = start(CHEAP[0], *command(*CHEAP, tmp_path), first=first)
     (tmp_path / "run").chmod(0o700)
     assert result.code == 1 and "Traceback" not in result.err, result.err
-    assert result.err.splitlines()[-1].startswith(f"{tmp_path / 'run' / 'checkpoint.pt'}: Permission denied")
+    assert result.err.splitlines()[-1].startswith(f"{CHEAP[0]}.py: {tmp_path / 'run'}: ")
+    assert "Permission denied" in result.err.splitlines()[-1]
     assert task_given.load_checkpoint(tmp_path / "run")["iteration"] == 2
 
 
@@ -463,6 +491,24 @@ def made(monkeypatch):
     return changes
 
 
+def broken_step(script, what, value, copies=2, number=2):
+    """Something is no number in the middle of the second rollout of the environment with so many copies."""
+
+    def change(env):
+        steps, step = itertools.count(), env.step
+
+        def bad_step(actions):
+            obs, reward, *rest = step(actions)
+            if next(steps) == EPISODE * (number - 1) + EPISODE // 2:
+                (obs if what == "obs" else reward)[0, 0] = value
+            return obs, reward, *rest
+
+        if env.num_envs == copies:
+            env.step = bad_step
+
+    return change
+
+
 def stops_in_the_second_iteration(result, script, run, *names):
     """It says what is no number, and nothing of it is kept."""
     assert result.code == 1, result.err
@@ -475,6 +521,32 @@ def stops_in_the_second_iteration(result, script, run, *names):
     assert "context" not in saved or saved["context"].isfinite().all()
     assert all(math.isfinite(value) for series in scalars_of(run).values() for _, value in series)
     assert {int(row["step"]) for row in rows_of(run / "meta_test.csv")} == {0, steps_of(script, "hunting_target", 1)}
+
+
+WORDS = {"obs": "observation", "reward": "reward"}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("what", ["obs", "reward"])
+@every_script
+def test_rollout_that_is_not_finite(script, what, value, made, tmp_path):
+    made.append(broken_step(script, what, value))
+    result = call(script, *command(script, "hunting_target", tmp_path))
+    stops_in_the_second_iteration(result, script, tmp_path / "run", WORDS[what])
+
+
+@pytest.mark.parametrize("what", ["obs", "reward"])
+@pytest.mark.parametrize("script", sorted(COLLECT))
+def test_context_that_is_not_finite(script, what, made, tmp_path):
+    """Even if no context that is drawn from the buffer has it in."""
+    flags = command(script, "hunting_target", tmp_path, "--context-size", 1, "--inference-size", 1)
+    made.append(broken_step(script, what, math.nan, copies=3, number=1))  # one copy for each of three tasks
+    flags += ["--warmup-episodes", 2]  # in six copies, so that three are those of later collections
+    flags += ["--total-timesteps", steps_of(script, "hunting_target", ITERATIONS) + 3 * EPISODE]
+    result = call(script, *flags)
+    assert result.code == 1 and "Traceback" not in result.err, result.err
+    assert WORDS[what] in result.err.splitlines()[-1] and "not finite" in result.err.splitlines()[-1]
+    assert MODULES[script].load_checkpoint(tmp_path / "run")["iteration"] == 1
 
 
 NORMS = {  # which show it, of the optimizers in the order in which the scripts make them
@@ -516,6 +588,13 @@ def test_gradient_that_is_not_finite(script, number, name, made, monkeypatch, tm
     break_gradient(monkeypatch, made, number, math.inf if number % 2 else math.nan)
     result = call(script, *command(script, "hunting_target", tmp_path))
     stops_in_the_second_iteration(result, script, tmp_path / "run", f"losses/{name}")
+
+
+def test_gradient_that_only_the_critic_gives(made, monkeypatch, tmp_path):
+    """Without steps of its own the encoder of mg2l_mappo.py still learns from the critic."""
+    break_gradient(monkeypatch, made, 2, math.nan)
+    result = call("mg2l_mappo", *command("mg2l_mappo", "hunting_target", tmp_path, "--encoder-updates", 0))
+    stops_in_the_second_iteration(result, "mg2l_mappo", tmp_path / "run", "losses/critic_encoder_grad_norm")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
