@@ -58,8 +58,10 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "context_size":    (64, 64, 512, 128, 64, 128),
     "inference_size":  (200, 200, 512, 512, 200, 128),
     "rollout_contexts": (8, 8, 8, 2, 8, 2),
-    "warmup_episodes": (250, 500, 10, 2, 20, 4),
-    "context_copies":  (5, 5, 1, 1, 1, 1),
+    "warmup_episodes": (1000, 2000, 10, 2, 20, 4),
+    "context_episodes": (8, 8, 2, 2, 2, 2),
+    "context_episode_steps": (25, 25, 1000, 1000, 100, 200),
+    "context_copies":  (20, 20, 1, 1, 1, 1),
     "context_interval": (5, 5, 1, 5, 2, 2),
     "share_policy":    (False, False, False, False, False, True),
 }
@@ -142,8 +144,10 @@ class Args:
     """transitions, at most, that agents infer z^i from to act on it, in rollouts and at meta-test"""
     buffer_size: int | None = None
     """transitions of single agents that the context buffers of all tasks hold together (default: Table III)"""
-    context_episodes: int = 2
+    context_episodes: int | None = None
     """episodes that one context is drawn from"""
+    context_episode_steps: int | None = None
+    """steps of each of them: short ones begin in more places for the same number of steps"""
     context_copies: int | None = None
     """episodes gathered per training task in each collection of context"""
     warmup_episodes: int | None = None
@@ -695,7 +699,8 @@ def iteration_steps(args: Args, env, iterations: int) -> int:
     """Steps that this many iterations take, context collection included."""
     collections = -(-iterations // args.context_interval)  # the first is the warm-up
     episodes = bool(collections) * args.warmup_episodes + max(collections - 1, 0) * args.context_copies
-    return env.max_episode_steps * (iterations * args.num_envs + len(env.tasks.train) * episodes)
+    context_steps = len(env.tasks.train) * episodes * args.context_episode_steps
+    return env.max_episode_steps * iterations * args.num_envs + context_steps
 
 
 def check_args(args: Args) -> None:
@@ -719,6 +724,9 @@ def check_args(args: Args) -> None:
     expect(more, "test_episodes", args.test_episodes, "more than explore_episodes")
     expect(args.eval_copies >= len(env.tasks.test), "eval_copies", args.eval_copies, "at least one per test task")
     expect(num_tasks > 1, "env_kwargs", f"{num_tasks} training task", "at least 2 to tell apart")
+    longest = env.max_episode_steps
+    fine = args.context_episode_steps <= longest
+    expect(fine, "context_episode_steps", args.context_episode_steps, f"at most the {longest} of an episode")
     share = args.buffer_size // (num_tasks * n)
     expect(args.context_size <= share, "context_size", args.context_size, f"at most {share}, a task's share of buffer")
     one = iteration_steps(args, env, 1)
@@ -887,7 +895,7 @@ if __name__ == "__main__":
         for name, rate in learning_rate.items()
     }
     n, num_steps, d = train_env.num_agents, train_env.max_episode_steps, args.latent_dim
-    buffer = ContextBuffer(max(1, args.buffer_size // (num_tasks * n * num_steps)))
+    buffer = ContextBuffer(max(1, args.buffer_size // (num_tasks * n * args.context_episode_steps)))
     start = 0
     if saved:
         try:
@@ -987,7 +995,7 @@ if __name__ == "__main__":
         if iteration % args.context_interval == 0:
             env_seed = seed_everything(args.seed, iteration, "context")
             context_env = warmup_env if iteration == 0 else collect_env
-            z = torch.randn(n, num_steps, context_env.num_envs, d, device=device)  # line 4
+            z = torch.randn(n, args.context_episode_steps, context_env.num_envs, d, device=device)  # line 4
             each_task = np.repeat(tasks.train, context_env.num_envs // num_tasks)
             data = rollout(context_env, actor, each_task, z, env_seed)  # line 5
             buffer.add(transitions(data, actor).transpose(0, 1).unflatten(0, (num_tasks, -1)))  # line 6

@@ -58,13 +58,17 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "context_size":    (64, 64, 512, 128, 64, 128),
     "inference_size":  (200, 200, 512, 512, 200, 128),
     "encoder_dim":     (96, 96, 64, 64, 64, 64),
-    "encoder_learning_rate": (3e-5, 3e-5, 2e-4, 3e-4, 2e-4, 2e-4),
+    "encoder_learning_rate": (3e-5, 1e-4, 2e-4, 3e-4, 2e-4, 2e-4),
+    "encoder_dropout": (0.2, 0.1, 0.2, 0.2, 0.2, 0.2),
+    "temperature":     (16.0, 4.0, 16.0, 16.0, 16.0, 16.0),
     "context_sets":    (12, 24, 6, 3, 4, 2),
     "rollout_contexts": (8, 8, 8, 2, 8, 2),
     "encoder_updates": (5, 5, 5, 10, 5, 5),
-    "warmup_episodes": (250, 500, 10, 2, 20, 4),
-    "warmup_updates":  (800, 1200, 200, 200, 300, 60),
-    "context_copies":  (5, 5, 1, 1, 1, 1),
+    "warmup_episodes": (1000, 2000, 10, 2, 20, 4),
+    "warmup_updates":  (500, 900, 200, 200, 300, 60),
+    "context_episodes": (8, 8, 2, 2, 2, 2),
+    "context_episode_steps": (25, 25, 1000, 1000, 100, 200),
+    "context_copies":  (20, 20, 1, 1, 1, 1),
     "context_interval": (5, 5, 1, 5, 2, 2),
     "share_policy":    (False, False, False, False, False, True),
 }
@@ -111,10 +115,8 @@ class Args:
     """copies of the environment that gather experience for the policies, E"""
     learning_rate: float = 5e-4
     """of every Adam; decays linearly to 0"""
-    warmup_learning_rate: float = 3e-4
-    """of the encoder in its warm-up"""
     encoder_learning_rate: float | None = None
-    """of the encoder after it: slow, since the policies must keep up with what z means (Table II: as all)"""
+    """of the encoder after its warm-up: slow, since policies must keep up with what z means (Table II: as all)"""
     adam_eps: float = 1e-5
     """epsilon of every Adam"""
     gamma: float = 0.99
@@ -147,7 +149,7 @@ class Args:
     """heads of each attention block"""
     critic_coef: float = 0.1
     """weight of L_Q beside L_G in what the encoder learns (Algorithm 1: 1)"""
-    encoder_dropout: float = 0.2
+    encoder_dropout: float | None = None
     """share of the entries of transitions that are hidden while the encoder learns, so that it can't learn by heart"""
     kl_coef: float = 0.001
     """alpha, the weight of the KL to the prior, mean over dimensions (Table II: 0.1)"""
@@ -155,7 +157,7 @@ class Args:
     """L_L: infonce contrasts z^i alone, cmi is eq. 24 as printed, kl is the consistency loss of section V-F"""
     similarity: Literal["dot", "cosine"] = "dot"
     """similarity of two representations in the contrastive losses"""
-    temperature: float = 16.0
+    temperature: float | None = None
     """divides the similarity"""
     context_size: int | None = None
     """transitions in one context while the encoder learns, B (default: Table III)"""
@@ -163,8 +165,10 @@ class Args:
     """transitions, at most, that agents infer z^i from to act on it, in rollouts and at meta-test"""
     buffer_size: int | None = None
     """transitions of single agents that the context buffers of all tasks hold together (default: Table III)"""
-    context_episodes: int = 2
+    context_episodes: int | None = None
     """episodes that one context is drawn from"""
+    context_episode_steps: int | None = None
+    """steps of each of them: short ones begin in more places for the same number of steps"""
     context_copies: int | None = None
     """episodes gathered per training task in each collection of context"""
     warmup_episodes: int | None = None
@@ -650,19 +654,24 @@ def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, va
     }
 
 
+def contrast(args, mean, std, num_tasks: int) -> torch.Tensor:
+    """Similarity of samples of Q posteriors, sets of one per task, to those of all other sets.
+
+    mean, std [..., Q, d], Q = S * N -> scores [..., Q, S - 1, N]
+    """
+    z = mean + std * torch.randn_like(mean)
+    score = similarity_scores(z, z.unflatten(-2, (-1, num_tasks)), args.similarity, args.temperature)  # [..., Q, S, N]
+    sets = torch.arange(score.shape[-2], device=z.device)
+    other = sets.repeat_interleave(num_tasks)[:, None] != sets  # [Q, S]: no set is compared with itself
+    return score[..., other, :].unflatten(-2, (-1, len(sets) - 1))
+
+
 def update_encoder(args, encoder, buffer, num_tasks, optimizers) -> dict:
     """One step on L_G + L_L (Algorithm 1, lines 17 and 19). Returns metrics, tensors."""
-    sets, device = args.context_sets, buffer.data.device
-    label = torch.arange(num_tasks, device=device).repeat(sets)  # [Q], Q = sets * N: sets of one context per task
-    own_set = torch.arange(sets, device=device).repeat_interleave(num_tasks)  # [Q]
-    other = own_set[:, None] != own_set.unique()  # [Q, sets]: each context is compared with every set but its own
+    label = torch.arange(num_tasks, device=buffer.data.device).repeat(args.context_sets)  # [Q], in a set one per task
     x = encoder.embed(buffer.sample(label, args.context_size, args.context_episodes), training=True)
-    scores, posteriors = [], []
-    for mean, std in (encoder.global_posterior(x), encoder.local_posterior(x)):  # [Q, d], [n, Q, d]
-        z = mean + std * torch.randn_like(mean)
-        score = similarity_scores(z, z.unflatten(-2, (sets, num_tasks)), args.similarity, args.temperature)
-        scores.append(score[..., other, :].unflatten(-2, (len(label), sets - 1)))  # [(n,) Q, sets - 1, N]
-        posteriors.append((mean, std))
+    posteriors = [encoder.global_posterior(x), encoder.local_posterior(x)]  # [Q, d], [n, Q, d]
+    scores = [contrast(args, *posterior, num_tasks) for posterior in posteriors]  # [(n,) Q, sets - 1, N]
     loss_g = global_loss(scores[0], label, *posteriors[0], args.kl_coef)
     loss_l = local_loss(args.local_loss, *scores, label, *posteriors, args.kl_coef)
     optimizers["phi_g"].zero_grad()
@@ -685,8 +694,6 @@ def update_encoder(args, encoder, buffer, num_tasks, optimizers) -> dict:
             "losses/info_nce_local": info_nce(scores[1], label).mean(),
             "losses/info_nce_joint": info_nce(scores[0] + scores[1], label).mean(),
             "losses/leave_one_out_global": leave_one_out(scores[0], label),
-            "charts/cl_accuracy_global": cl_accuracy(scores[0], label),
-            "charts/cl_accuracy_local": cl_accuracy(scores[1], label),  # [n]
         }
 
 
@@ -861,7 +868,8 @@ def iteration_steps(args: Args, env, iterations: int) -> int:
     """Steps that this many iterations take, context collection included."""
     collections = -(-iterations // args.context_interval)  # the first is the warm-up
     episodes = bool(collections) * args.warmup_episodes + max(collections - 1, 0) * args.context_copies
-    return env.max_episode_steps * (iterations * args.num_envs + len(env.tasks.train) * episodes)
+    context_steps = len(env.tasks.train) * episodes * args.context_episode_steps
+    return env.max_episode_steps * iterations * args.num_envs + context_steps
 
 
 def check_args(args: Args) -> None:
@@ -886,9 +894,13 @@ def check_args(args: Args) -> None:
     expect(more, "test_episodes", args.test_episodes, "more than explore_episodes")
     expect(args.eval_copies >= len(env.tasks.test), "eval_copies", args.eval_copies, "at least one per test task")
     expect(args.encoder_dropout < 1, "encoder_dropout", args.encoder_dropout, "less than 1")
-    expect(args.context_sets > 1, "context_sets", args.context_sets, "at least 2 to compare")
+    for name in ("context_sets", "rollout_contexts"):
+        expect(getattr(args, name) > 1, name, getattr(args, name), "at least 2 to compare")
     expect(args.encoder_dim % args.encoder_heads == 0, "encoder_heads", args.encoder_heads, "a divisor of encoder_dim")
     expect(num_tasks > 1, "env_kwargs", f"{num_tasks} training task", "at least 2 to tell apart")
+    longest = env.max_episode_steps
+    fine = args.context_episode_steps <= longest
+    expect(fine, "context_episode_steps", args.context_episode_steps, f"at most the {longest} of an episode")
     share = args.buffer_size // (num_tasks * n)
     expect(args.context_size <= share, "context_size", args.context_size, f"at most {share}, a task's share of buffer")
     one = iteration_steps(args, env, 1)
@@ -1059,13 +1071,13 @@ if __name__ == "__main__":
         "phi_g": encoder.phi_g(),
         "phi_l": encoder.phi_l(),
     }
-    slow, fast, warmup = args.encoder_learning_rate, args.learning_rate, args.warmup_learning_rate
+    slow, fast = args.encoder_learning_rate, args.learning_rate
     learning_rate = dict(actor=fast, critic=fast, phi_g=slow, phi_l=slow)  # after the encoder's warm-up
     optimizers = {
-        name: torch.optim.Adam(params, lr=warmup, eps=args.adam_eps, fused=True) for name, params in parameters.items()
+        name: torch.optim.Adam(params, lr=fast, eps=args.adam_eps, fused=True) for name, params in parameters.items()
     }
     n, num_steps, d = train_env.num_agents, train_env.max_episode_steps, args.latent_dim
-    buffer = ContextBuffer(max(1, args.buffer_size // (num_tasks * n * num_steps)))
+    buffer = ContextBuffer(max(1, args.buffer_size // (num_tasks * n * args.context_episode_steps)))
     start = 0
     if saved:
         try:
@@ -1165,7 +1177,7 @@ if __name__ == "__main__":
         if iteration % args.context_interval == 0:
             env_seed = seed_everything(args.seed, iteration, "context")
             context_env = warmup_env if iteration == 0 else collect_env
-            z = torch.randn(n, num_steps, context_env.num_envs, d, device=device)  # line 4
+            z = torch.randn(n, args.context_episode_steps, context_env.num_envs, d, device=device)  # line 4
             each_task = np.repeat(tasks.train, context_env.num_envs // num_tasks)
             data = rollout(context_env, actor, each_task, z, env_seed)  # line 5
             buffer.add(transitions(data, actor).transpose(0, 1).unflatten(0, (num_tasks, -1)))  # line 6
@@ -1180,10 +1192,11 @@ if __name__ == "__main__":
         with torch.no_grad():  # line 10: C contexts of every task
             every = torch.arange(num_tasks, device=device).repeat(args.rollout_contexts)  # [C * N]
             x = encoder.embed(buffer.sample(every, args.inference_size, args.context_episodes))
+            posteriors = {"global": encoder.global_posterior(x), "local": encoder.local_posterior(x)}
             by_context = (args.rollout_contexts, num_tasks)
-            local = [p.unflatten(1, by_context).transpose(0, 1)[:, :, task] for p in encoder.local_posterior(x)]
+            local = [p.unflatten(1, by_context).transpose(0, 1)[:, :, task] for p in posteriors["local"]]
             z_local = draw_z(*local, num_steps)  # [n, T, E, d]
-            z_global = encoder.global_posterior(x)[0].unflatten(0, by_context)[0, task]  # [E, d]
+            z_global = posteriors["global"][0].unflatten(0, by_context)[0, task]  # [E, d]
             z_global = z_global.expand(num_steps, -1, -1)  # [T, E, d]
         data = rollout(train_env, actor, tasks.train[task.cpu().numpy()], z_local, env_seed)  # lines 11 and 12
         now = time.perf_counter()
@@ -1207,6 +1220,8 @@ if __name__ == "__main__":
         # the rest is bookkeeping
         global_step = iteration_steps(args, train_env, iteration + 1)
         metrics["charts/episodic_return"] = episodic_return(data).mean()
+        for name, posterior in posteriors.items():  # of the contexts that the rollout acted on
+            metrics[f"charts/cl_accuracy_{name}"] = cl_accuracy(contrast(args, *posterior, num_tasks), every)
         for name in [name for name, value in metrics.items() if value.dim()]:  # one value per agent
             metrics[f"{name}_worst"], metrics[name] = metrics[name].min(), metrics[name].mean()
         values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()

@@ -30,6 +30,7 @@ ROOT = Path(__file__).parents[1]
 ITERATIONS = dict(zip(envs.ENV_IDS, (20_000, 20_000, 1_000, 1_000, 8_000, 800), strict=True))
 SETTINGS = dict(num_envs=2, update_epochs=1, hidden_dim=32, warmup_episodes=1, warmup_updates=1, context_copies=1)
 SETTINGS |= dict(context_interval=1, encoder_updates=1, context_size=16, context_sets=2, rollout_contexts=2)
+SETTINGS |= dict(context_episodes=2, context_episode_steps=20)
 SETTINGS |= dict(inference_size=64, explore_episodes=1, test_episodes=2, num_threads=1, checkpoint_minutes=1e9)
 GROWTH = 0.02
 
@@ -45,7 +46,7 @@ def soak(env_id: str, iterations: int) -> bool:
     """One run in this process; prints a row of the table and returns whether nothing has grown."""
     env = envs.make(env_id)
     num_tasks, copies = len(env.tasks.train), len(env.tasks.test)
-    buffer_size = 2 * num_tasks * env.num_agents * env.max_episode_steps  # two episodes: full at once
+    buffer_size = 2 * num_tasks * env.num_agents * SETTINGS["context_episode_steps"]  # two episodes: full at once
     args = mg2l_mappo.Args(env_id=env_id, eval_copies=copies, buffer_size=buffer_size, **SETTINGS)
     total = mg2l_mappo.iteration_steps(args, env, iterations)
     flags = dict(SETTINGS, env_id=env_id, eval_copies=copies, buffer_size=buffer_size, total_timesteps=total)

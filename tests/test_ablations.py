@@ -31,6 +31,7 @@ AGGREGATORS = ("pia", "gaussian_product", "transformer", "rnn")
 TINY = "--env-id hunting_target --num-envs 2 --update-epochs 2 --hidden-dim 16 --latent-dim 8 --encoder-dim 16"
 TINY += " --num-threads 1 --no-cuda --explore-episodes 1 --test-episodes 2 --eval-copies 4 --eval-interval 800"
 TINY += " --context-size 16 --inference-size 16 --context-sets 2 --rollout-contexts 2 --warmup-episodes 1"
+TINY += " --context-episode-steps 100"
 TINY += " --warmup-updates 2 --context-copies 1 --context-interval 1 --encoder-updates 2 --total-timesteps 800"
 TINY += " --env-kwargs num_preys=2"
 
@@ -164,7 +165,8 @@ def made(env_id="hunting_target", **changes):
     torch.manual_seed(0)
     env = envs.make(env_id, 2)
     small = dict(hidden_dim=16, latent_dim=4, encoder_dim=8, encoder_heads=2, context_size=6, inference_size=6)
-    small |= dict(update_epochs=1, rollout_contexts=2, context_sets=2, share_policy=False)
+    small |= dict(update_epochs=1, rollout_contexts=2, context_sets=2, context_episodes=2, share_policy=False)
+    small |= dict(temperature=16.0, encoder_dropout=0.2)
     args = ablations.Args(env_id=env_id, **(small | changes))
     nets = SimpleNamespace(**ablations.build(args, env, torch.device("cpu")))
     groups = dict(actor=nets.actor.parameters(), critic=nets.critic.parameters())

@@ -19,7 +19,7 @@ analysis = importlib.import_module("analysis")
 TINY = "--num-envs 2 --update-epochs 1 --hidden-dim 8 --latent-dim 4 --encoder-dim 8 --num-threads 1 --no-cuda"
 TINY += " --explore-episodes 2 --test-episodes 3 --eval-copies 4"
 CONTEXT = " --context-size 8 --inference-size 50 --rollout-contexts 2 --warmup-episodes 1 --context-copies 1"
-CONTEXT += " --context-interval 1"
+CONTEXT += " --context-interval 1 --context-episode-steps 20"
 MG2L = TINY + CONTEXT + " --context-sets 2 --warmup-updates 1 --encoder-updates 1"
 HUNT = " --env-id hunting_target --env-kwargs num_preys=2 radius=9.0"  # everybody sees everybody
 STEPS = 20  # of an episode

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 SCRIPTS = ["mg2l_mappo", "task_given", "ma_pearl", "mix_mate"]
 TINY = "--num-envs 2 --update-epochs 1 --hidden-dim 16 --num-threads 1 --no-cuda --explore-episodes 1 --test-episodes 2"
 CONTEXT = "--context-size 16 --context-sets 2 --rollout-contexts 2 --warmup-episodes 1 --warmup-updates 1"
-CONTEXT += " --context-copies 1 --context-interval 1 --encoder-updates 1"
+CONTEXT += " --context-episode-steps 20 --context-copies 1 --context-interval 1 --encoder-updates 1"
 OF_PEARL = (
     CONTEXT.replace(" --context-sets 2", "").replace(" --warmup-updates 1", "").replace(" --encoder-updates 1", "")
 )
@@ -32,7 +32,7 @@ def test_two_iterations(script, env_id, tmp_path, monkeypatch):
     settings = FEWER.get(env_id, "").split()
     env = envs.make(env_id, 1, **{name: eval(value) for name, _, value in (text.partition("=") for text in settings)})
     num_tasks, steps = len(env.tasks.train), env.max_episode_steps
-    total = 2 * steps * (2 + (num_tasks if script in COLLECT else 0))
+    total = 2 * (2 * steps + (20 * num_tasks if script in COLLECT else 0))
     copies = len(env.tasks.test) + 1
     argv = [
         *TINY.split(),

@@ -136,7 +136,7 @@ def test_more_context_makes_more_certain():
 def small(env, **changes):
     """Arguments, networks, optimizers and a full context buffer, all small, as the script makes them."""
     wanted = dict(num_envs=env.num_envs, hidden_dim=16, latent_dim=4, encoder_dim=8, context_size=6, inference_size=6)
-    wanted |= dict(update_epochs=3, rollout_contexts=3, eval_copies=6)
+    wanted |= dict(update_epochs=3, rollout_contexts=3, eval_copies=6, context_episodes=2)
     args = pearl.Args(**(wanted | changes))
     nets = SimpleNamespace(**pearl.build(args, env, torch.device("cpu")))
     optimizers = {
@@ -379,6 +379,7 @@ def test_meta_test_never_shows_the_task_or_what_the_critic_reads(monkeypatch):
 # Runs
 
 SMALL = "--num-envs 2 --update-epochs 2 --eval-interval 400 --num-threads 1 --warmup-episodes 2 --no-cuda".split()
+SMALL += "--context-episode-steps 100 --context-episodes 2".split()
 SMALL += (
     "--checkpoint-interval 1 --explore-episodes 1 --test-episodes 2 --context-interval 1 --context-copies 1".split()
 )

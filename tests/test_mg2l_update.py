@@ -76,6 +76,7 @@ def small(env, **changes):
     """Arguments, networks, optimizers and a full context buffer, all small, as the script makes them."""
     wanted = dict(num_envs=env.num_envs, hidden_dim=16, latent_dim=4, encoder_dim=8, encoder_heads=2, context_size=6)
     wanted |= dict(update_epochs=3, rollout_contexts=3, eval_copies=6, inference_size=7, context_sets=3)
+    wanted |= dict(context_episodes=2, temperature=16.0, encoder_dropout=0.2)
     known = {field.name for field in dataclasses.fields(mg2l.Args)}
     args = mg2l.Args(**{name: value for name, value in (wanted | changes).items() if name in known})
     nets = types.SimpleNamespace(**mg2l.build(args, env, CPU))
@@ -770,12 +771,10 @@ def test_encoder_learns_to_tell_tasks_apart(form):
         {name: torch.stack([metrics[name].float().mean() for metrics in part]).mean().item() for name in told[0]}
         for part in (told[20:60], told[-20:])
     )
-    assert 0.2 < at_first["charts/cl_accuracy_global"] < 0.47 and at_first["losses/info_nce_global"] < 0.1
-    assert 0.2 < at_first["charts/cl_accuracy_local"] < 0.47
-    assert at_last["charts/cl_accuracy_global"] > 0.8 and at_last["losses/info_nce_global"] > 0.5
-    assert told[0]["charts/cl_accuracy_local"].shape == (3,)  # one for each agent
+    assert at_first["losses/info_nce_global"] < 0.1 and at_first["losses/info_nce_local"] < 0.1
+    assert at_last["losses/info_nce_global"] > 0.5
     if form == "infonce":
-        assert at_last["charts/cl_accuracy_local"] > 0.8
+        assert at_last["losses/info_nce_local"] > 0.5
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -31,7 +31,8 @@ ROOT = Path(__file__).parents[1]
 MODULES = {"mg2l_mappo": mg2l_mappo, "task_given": task_given}
 every_script = pytest.mark.parametrize("script", MODULES)
 SMALL = "--num-envs 2 --update-epochs 2 --eval-copies 6 --eval-interval 400 --num-threads 1".split()
-CONTEXT = "--warmup-episodes 2 --warmup-updates 2 --context-copies 1 --context-interval 1 --encoder-updates 2".split()
+CONTEXT = "--warmup-episodes 2 --warmup-updates 2 --context-copies 1 --context-interval 1 --encoder-updates 2"
+CONTEXT = [*CONTEXT.split(), "--context-episodes", "2", "--context-episode-steps", "100"]
 ITERATIONS = 3
 # three iterations each; the buffer of mg2l_mappo.py holds two episodes, so that the third collection pushes one out
 TOTAL = {"mg2l_mappo": 1800, "task_given": 600}
@@ -444,7 +445,7 @@ POSITIVE = (
 CONTEXT_POSITIVE = (
     "latent_dim encoder_dim encoder_heads temperature context_size inference_size buffer_size context_episodes "
     "context_copies warmup_episodes context_interval context_sets rollout_contexts encoder_learning_rate "
-    "warmup_learning_rate"
+    "context_episode_steps"
 ).split()
 BAD = [  # flags, what the line must say
     *(([f"--{name.replace('_', '-')}", "0"], name.replace("_", "-")) for name in POSITIVE),
@@ -481,11 +482,13 @@ BAD_CONTEXT = [
     ("--encoder-heads 5", "encoder-heads: got 5"),
     ("--encoder-dropout 1", "encoder-dropout"),
     ("--context-sets 1", "context-sets: got 1"),
+    ("--rollout-contexts 1", "rollout-contexts: got 1"),
+    ("--context-episode-steps 101", "context-episode-steps: got 101"),
     ("--kl-coef -1", "kl-coef"),
     ("--encoder-updates -1", "encoder-updates"),
     ("--context-size 201 --buffer-size 1800", "context-size: got 201"),
     ("--env-kwargs num_preys=1", "training task"),
-    ("--total-timesteps 799 --num-envs 2 --warmup-episodes 2", "total-timesteps: got 799"),
+    ("--total-timesteps 349 --num-envs 2 --warmup-episodes 2", "total-timesteps: got 349"),
 ]
 TABLE = [(script, *row) for script in MODULES for row in BAD] + [("mg2l_mappo", *row) for row in BAD_CONTEXT]
 
