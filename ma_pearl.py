@@ -49,7 +49,8 @@ import envs
 SCRIPT = "ma_pearl"
 CHECKPOINT_KEYS = {"args", "iteration", "csv_bytes", "networks", "optimizers", "context"}
 # What depends on the environment; a flag given by hand wins. The first four rows are Table III (its batch size is our
-# context_size), where the particle environments have 100,000 and 32; the others fit the encoder's cost.
+# context_size), but for buffer (100,000) and context (32) of the first two and the context of hopper (512). The others
+# are what measured best or fits the time, docs/mg2l_mappo.md.
 # fmt: off
 ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "total_timesteps": (500_000, 500_000, 5_000_000, 2_000_000, 500_000, 1_000_000),
@@ -85,9 +86,9 @@ class Args:
     run_name: str | None = None
     """name of the run folder (default: {env_id}__{script}__{seed}__{time})"""
     resume: str | None = None
-    """run folder to go on with: its arguments hold, but for total-timesteps, track and capture-video"""
+    """run folder to go on with; only total-timesteps, track, wandb-*, checkpoint-*, capture-video may differ from it"""
     meta_test: str | None = None
-    """run folder to evaluate without training: explore-episodes, test-episodes, eval-copies, eval-sample, seed hold"""
+    """run folder to evaluate only; only explore-episodes, test-episodes, eval-*, seed, num-threads, cuda may differ"""
     track: bool = False
     """send the run to Weights & Biases as well"""
     wandb_project_name: str = "mg2l"
@@ -107,7 +108,7 @@ class Args:
     num_envs: int = 32
     """copies of the environment that gather experience for the policies, E"""
     learning_rate: float = 5e-4
-    """of every Adam; decays linearly to 0"""
+    """of actors and critic; decays linearly to 0"""
     encoder_learning_rate: float = 5e-4
     """of the encoder; decays as well"""
     adam_eps: float = 1e-5
@@ -129,7 +130,7 @@ class Args:
     hidden_dim: int = 128
     """width of the two hidden layers of actors and critic"""
     share_policy: bool | None = None
-    """one actor and one local encoder for all agents, told the agent's id (default: magent_gather)"""
+    """one actor and one local encoder for all agents, told the agent's id (default: on magent_gather only)"""
 
     # task representation (Tables I to III)
     latent_dim: int = 64
@@ -139,15 +140,15 @@ class Args:
     kl_coef: float = 0.01
     """alpha, the weight of the KL to the prior, mean over dimensions (Table II: 0.1)"""
     context_size: int | None = None
-    """transitions in one context while the encoder learns, B (default: Table III)"""
+    """transitions in one context while the encoder learns, B"""
     inference_size: int | None = None
     """transitions, at most, that agents infer z^i from to act on it, in rollouts and at meta-test"""
     buffer_size: int | None = None
-    """transitions of single agents that the context buffers of all tasks hold together (default: Table III)"""
+    """transitions of single agents that the context buffers of all tasks hold together"""
     context_episodes: int | None = None
     """episodes that one context is drawn from"""
     context_episode_steps: int | None = None
-    """steps of each of them: short ones begin in more places for the same number of steps"""
+    """steps of each of them: shorter ones buy more different starts"""
     context_copies: int | None = None
     """episodes gathered per training task in each collection of context"""
     warmup_episodes: int | None = None
@@ -163,9 +164,9 @@ class Args:
     eval_copies: int = 32
     """meta-test runs in one evaluation, spread evenly over the test tasks"""
     explore_episodes: int = 2
-    """exploration episodes of a meta-test run, on the prior, K"""
+    """exploration episodes of a meta-test run, on the prior (the paper's K)"""
     test_episodes: int = 4
-    """all episodes of a meta-test run, N"""
+    """all episodes of a meta-test run (the paper's N)"""
     eval_sample: bool = False
     """sample the actions after exploration instead of taking the mode"""
 
@@ -336,9 +337,9 @@ def value_loss(value, old_value, target, clip_coef, huber_delta) -> torch.Tensor
 class ContextBuffer:
     """C_k of Algorithm 1: for each training task the latest episodes, all gathered with the prior.
 
-    data [N, K, T, n, transition_dim]: K episodes of T steps and n agents for each of N tasks, growing to `capacity`.
-    A context is B steps drawn from a few episodes, as at meta-test. Drawn from all of them it would be easier to
-    compare, but the encoder would learn to know the episodes (by where the obstacles are) instead of the tasks.
+    data [N, M, T, n, transition_dim]: M episodes of T steps and n agents for each of N tasks, growing to `capacity`.
+    A context is B steps drawn from at most `num_episodes` of them. From more, contexts of one task would be more alike,
+    and the encoder could tell tasks apart by what episodes they hold (where the obstacles are) instead of by reward.
     """
 
     def __init__(self, capacity: int):
@@ -463,7 +464,7 @@ def clip_gradient_per_agent(parameters: list[nn.Parameter], max_norm: float) -> 
 
 
 def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, value_norm, buffer, optimizers) -> dict:
-    """15 epochs of PPO on one rollout (Algorithm 1, lines 16 to 18).
+    """Epochs of PPO on one rollout (Algorithm 1, lines 16 to 18).
 
     z_local [n, T, E, d] is what the actors acted on; z_global [T, E, d] is for the values of old; task [E] is
     each copy's index among the training tasks. Returns metrics, 0-d tensors.
@@ -549,6 +550,7 @@ def infer(encoder, memory, context_size, num_contexts, latent_dim) -> tuple[torc
         else:
             omega = torch.ones(n, steps, device=own.device)  # any transition as likely as any other
             size = min(context_size, steps)
+            # chooses where more is stored than a context holds
             pick = torch.multinomial(omega.repeat_interleave(num_contexts, 0), size)  # [n * C, B], none twice
             pick = pick.view(n, num_contexts * size, 1).expand(-1, -1, own.shape[-1])
             context = own.gather(1, pick).unflatten(1, (num_contexts, size))  # [n, C, B, transition_dim]
@@ -626,7 +628,7 @@ def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) ->
             begun = [transitions[:steps] for transitions in memory]
             posterior = infer(encoder, begun, args.inference_size, args.rollout_contexts, args.latent_dim)
             data = rollout(env, actor, task, draw_z(*posterior, num_steps), env_seed, greedy=not args.eval_sample)
-            record("curve", args.test_episodes, begun, data, posterior)
+            record("curve", args.test_episodes, begun, data, posterior if steps else None)
     return rows
 
 
@@ -680,7 +682,7 @@ def write_videos(args, actor, encoder, folder: Path, iteration: int, device) -> 
 
 def fail(message: str, code: int = 2) -> None:
     """Say in one line what is wrong and stop: 2 for bad input, before anything was written, 1 for what went wrong."""
-    print("\n" * (code == 1) + f"{SCRIPT}.py: {message}", file=sys.stderr)  # below the progress bar
+    print(("\n" if code == 1 else "") + f"{SCRIPT}.py: {message}", file=sys.stderr)  # below the progress bar
     sys.exit(code)
 
 
@@ -823,7 +825,8 @@ def load_agents(run: str | Path) -> SimpleNamespace:
 
 def parse_args() -> tuple[Args, Path | None, dict | None]:
     """The arguments, and for --resume and --meta-test the run folder and its checkpoint. Raises ValueError."""
-    given = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    about = __doc__.split("\n\n")[0] + " A default of None depends on the environment: see ENV_DEFAULTS."
+    given = tyro.cli(Args, description=about)
     if given.resume and given.meta_test:
         raise ValueError("resume, meta-test: got both, expected one of them")
     if not (given.resume or given.meta_test):

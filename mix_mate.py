@@ -76,7 +76,7 @@ class Args:
     run_name: str | None = None
     """name of the run folder (default: {env_id}__{script}__{seed}__{time})"""
     resume: str | None = None
-    """run folder to go on with: its arguments hold, but for total-timesteps, track and capture-video"""
+    """run folder to go on with; only total-timesteps, track, wandb-*, checkpoint-*, capture-video may differ from it"""
     meta_test: str | None = None
     """run folder to evaluate without training: flags of the meta-test and seed hold"""
     track: bool = False
@@ -98,7 +98,7 @@ class Args:
     num_envs: int = 32
     """copies of the environment that gather experience for the policies, E"""
     learning_rate: float = 5e-4
-    """of every Adam; decays linearly to 0"""
+    """of actors and critic; decays linearly to 0"""
     encoder_learning_rate: float = 5e-4
     """of the encoders, the decoder and the mixture"""
     adam_eps: float = 1e-5
@@ -120,7 +120,7 @@ class Args:
     hidden_dim: int = 128
     """width of the two hidden layers of actors and critic"""
     share_policy: bool | None = None
-    """one actor and one encoder for all agents, told the agent's id (default: magent_gather)"""
+    """one actor and one encoder for all agents, told the agent's id (default: on magent_gather only)"""
 
     # task representation
     latent_dim: int = 64
@@ -146,7 +146,7 @@ class Args:
     explore_episodes: int = 2
     """exploration episodes of a meta-test run, K"""
     test_episodes: int = 4
-    """all episodes of a meta-test run, N"""
+    """all episodes of a meta-test run (the paper's N)"""
     eval_sample: bool = False
     """sample the actions after exploration instead of taking the mode"""
     reset_per_episode: bool = False
@@ -534,7 +534,7 @@ def agent_values(critic: Critic, state: torch.Tensor, representation: torch.Tens
 
 
 def update_mappo(args, data, actor, critic, value_norm, optimizers) -> dict:
-    """15 epochs of PPO on one rollout, with the representations that were acted on. Returns metrics, 0-d tensors."""
+    """Epochs of PPO on one rollout, with the representations that were acted on. Returns metrics, 0-d tensors."""
     with torch.no_grad():
         value = agent_values(critic, data.state, data.representation)  # [T, E, n]
         next_value = agent_values(critic, data.next_state, data.next_representation)
@@ -769,7 +769,7 @@ def write_videos(args, actor, encoder, folder: Path, iteration: int, device) -> 
 
 def fail(message: str, code: int = 2) -> None:
     """Say in one line what is wrong and stop: 2 for bad input, before anything was written, 1 for what went wrong."""
-    print("\n" * (code == 1) + f"{SCRIPT}.py: {message}", file=sys.stderr)  # below the progress bar
+    print(("\n" if code == 1 else "") + f"{SCRIPT}.py: {message}", file=sys.stderr)  # below the progress bar
     sys.exit(code)
 
 
@@ -906,7 +906,8 @@ def load_agents(run: str | Path) -> SimpleNamespace:
 
 def parse_args() -> tuple[Args, Path | None, dict | None]:
     """The arguments, and for --resume and --meta-test the run folder and its checkpoint. Raises ValueError."""
-    given = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    about = __doc__.split("\n\n")[0] + " A default of None depends on the environment: see ENV_DEFAULTS."
+    given = tyro.cli(Args, description=about)
     if given.resume and given.meta_test:
         raise ValueError("resume, meta-test: got both, expected one of them")
     if not (given.resume or given.meta_test):

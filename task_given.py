@@ -71,9 +71,9 @@ class Args:
     run_name: str | None = None
     """name of the run folder (default: {env_id}__{script}__{seed}__{time})"""
     resume: str | None = None
-    """run folder to go on with: its arguments hold, but for total-timesteps, track and capture-video"""
+    """run folder to go on with; only total-timesteps, track, wandb-*, checkpoint-*, capture-video may differ from it"""
     meta_test: str | None = None
-    """run folder to evaluate without training: explore-episodes, test-episodes, eval-copies, eval-sample, seed hold"""
+    """run folder to evaluate only; only explore-episodes, test-episodes, eval-*, seed, num-threads, cuda may differ"""
     track: bool = False
     """send the run to Weights & Biases as well"""
     wandb_project_name: str = "mg2l"
@@ -109,11 +109,11 @@ class Args:
     huber_delta: float = 10.0
     """where the value loss turns from square to linear, in standard deviations of the return"""
     max_grad_norm: float = 10.0
-    """gradient clipping: each actor, the critic, and each part of the encoder by itself"""
+    """gradient clipping: each actor by itself, the critic and each part of the encoder as a whole"""
     hidden_dim: int = 128
     """width of the two hidden layers of actors and critic"""
     share_policy: bool | None = None
-    """one actor and one local encoder for all agents, told the agent's id (default: magent_gather)"""
+    """one actor and one local encoder for all agents, told the agent's id (default: on magent_gather only)"""
 
     # what the agents are told
     task_label: Literal["one-hot", "parameters", "none"] = "one-hot"
@@ -125,9 +125,9 @@ class Args:
     eval_copies: int = 32
     """meta-test runs in one evaluation, spread evenly over the test tasks"""
     explore_episodes: int = 2
-    """exploration episodes of a meta-test run, on the prior, K"""
+    """exploration episodes of a meta-test run, on the prior (the paper's K)"""
     test_episodes: int = 4
-    """all episodes of a meta-test run, N"""
+    """all episodes of a meta-test run (the paper's N)"""
     eval_sample: bool = False
     """sample the actions after exploration instead of taking the mode"""
 
@@ -341,7 +341,7 @@ def clip_gradient_per_agent(parameters: list[nn.Parameter], max_norm: float) -> 
 
 
 def update_mappo(args, data, z, actor, critic, value_norm, optimizers) -> dict:
-    """15 epochs of PPO on one rollout (Algorithm 1, lines 16 to 18).
+    """Epochs of PPO on one rollout (Algorithm 1, lines 16 to 18).
 
     z [n, T, E, label_dim] is what the agents were told, the same at every step. Returns metrics, 0-d tensors.
     """
@@ -465,7 +465,7 @@ def write_videos(args, actor, folder: Path, iteration: int, device) -> None:
 
 def fail(message: str, code: int = 2) -> None:
     """Say in one line what is wrong and stop: 2 for bad input, before anything was written, 1 for what went wrong."""
-    print("\n" * (code == 1) + f"{SCRIPT}.py: {message}", file=sys.stderr)  # below the progress bar
+    print(("\n" if code == 1 else "") + f"{SCRIPT}.py: {message}", file=sys.stderr)  # below the progress bar
     sys.exit(code)
 
 
@@ -596,7 +596,8 @@ def load_agents(run: str | Path) -> SimpleNamespace:
 
 def parse_args() -> tuple[Args, Path | None, dict | None]:
     """The arguments, and for --resume and --meta-test the run folder and its checkpoint. Raises ValueError."""
-    given = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    about = __doc__.split("\n\n")[0] + " A default of None depends on the environment: see ENV_DEFAULTS."
+    given = tyro.cli(Args, description=about)
     if given.resume and given.meta_test:
         raise ValueError("resume, meta-test: got both, expected one of them")
     if not (given.resume or given.meta_test):

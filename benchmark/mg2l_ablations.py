@@ -62,13 +62,17 @@ from tqdm import tqdm
 
 import envs
 
+# Shapes: E copies of the environment, n agents, T steps, N training tasks, d dimensions of z; B transitions in a
+# context, C contexts per task to act on, Q contexts encoded together, S sets of N contexts (one per task) to compare.
+# phi_g: the encoder but for its local heads; phi_l: the local heads.
 SCRIPT = "mg2l_mappo"
 # ablation >>>
 SCRIPT = "mg2l_ablations"
 # <<< ablation
 CHECKPOINT_KEYS = {"args", "iteration", "csv_bytes", "networks", "optimizers", "context"}
 # What depends on the environment; a flag given by hand wins. The first four rows are Table III (its batch size is our
-# context_size), where the particle environments have 100,000 and 32; the others fit the encoder's cost.
+# context_size), but for buffer (100,000) and context (32) of the first two and the context of hopper (512). The others
+# are what measured best or fits the time, docs/mg2l_mappo.md.
 # fmt: off
 ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "total_timesteps": (500_000, 500_000, 5_000_000, 2_000_000, 500_000, 1_000_000),
@@ -111,9 +115,9 @@ class Args:
     run_name: str | None = None
     """name of the run folder (default: {env_id}__{script}__{seed}__{time})"""
     resume: str | None = None
-    """run folder to go on with: its arguments hold, but for total-timesteps, track and capture-video"""
+    """run folder to go on with; only total-timesteps, track, wandb-*, checkpoint-*, capture-video may differ from it"""
     meta_test: str | None = None
-    """run folder to evaluate without training: explore-episodes, test-episodes, eval-copies, eval-sample, seed hold"""
+    """run folder to evaluate only; only explore-episodes, test-episodes, eval-*, seed, num-threads, cuda may differ"""
     track: bool = False
     """send the run to Weights & Biases as well"""
     wandb_project_name: str = "mg2l"
@@ -133,9 +137,9 @@ class Args:
     num_envs: int = 32
     """copies of the environment that gather experience for the policies, E"""
     learning_rate: float = 5e-4
-    """of every Adam; decays linearly to 0"""
+    """of actors and critic, and of the encoder in its warm-up; decays linearly to 0"""
     encoder_learning_rate: float | None = None
-    """of the encoder after its warm-up: slow, since policies must keep up with what z means (Table II: as all)"""
+    """of the encoder after its warm-up: slow, since a policy is wrong as soon as a task's z moves (Table II: 5e-4)"""
     adam_eps: float = 1e-5
     """epsilon of every Adam"""
     gamma: float = 0.99
@@ -151,11 +155,11 @@ class Args:
     huber_delta: float = 10.0
     """where the value loss turns from square to linear, in standard deviations of the return"""
     max_grad_norm: float = 10.0
-    """gradient clipping: each actor, the critic, and each part of the encoder by itself"""
+    """gradient clipping: each actor by itself, the critic and each part of the encoder as a whole"""
     hidden_dim: int = 128
     """width of the two hidden layers of actors and critic"""
     share_policy: bool | None = None
-    """one actor and one local encoder for all agents, told the agent's id (default: magent_gather)"""
+    """one actor and one local encoder for all agents, told the agent's id (default: on magent_gather only)"""
 
     # task representation (Tables I to III)
     latent_dim: int = 64
@@ -167,7 +171,7 @@ class Args:
     encoder_heads: int = 4
     """heads of each attention block"""
     critic_coef: float = 0.1
-    """weight of L_Q beside L_G in what the encoder learns (Algorithm 1: 1)"""
+    """factor on L_Q's gradient to the encoder; L_Q and L_G take turns on one Adam (Algorithm 1: one step on the sum)"""
     encoder_dropout: float | None = None
     """share of the entries of transitions that are hidden while the encoder learns, so that it can't learn by heart"""
     kl_coef: float = 0.001
@@ -185,17 +189,17 @@ class Args:
     similarity: Literal["dot", "cosine"] = "dot"
     """similarity of two representations in the contrastive losses"""
     temperature: float | None = None
-    """divides the similarity"""
+    """the similarity is divided by it: the higher, the softer the comparison"""
     context_size: int | None = None
-    """transitions in one context while the encoder learns, B (default: Table III)"""
+    """transitions in one context while the encoder learns, B"""
     inference_size: int | None = None
     """transitions, at most, that agents infer z^i from to act on it, in rollouts and at meta-test"""
     buffer_size: int | None = None
-    """transitions of single agents that the context buffers of all tasks hold together (default: Table III)"""
+    """transitions of single agents that the context buffers of all tasks hold together"""
     context_episodes: int | None = None
     """episodes that one context is drawn from"""
     context_episode_steps: int | None = None
-    """steps of each of them: short ones begin in more places for the same number of steps"""
+    """steps of each of them: shorter ones buy more different starts"""
     context_copies: int | None = None
     """episodes gathered per training task in each collection of context"""
     warmup_episodes: int | None = None
@@ -217,9 +221,9 @@ class Args:
     eval_copies: int = 32
     """meta-test runs in one evaluation, spread evenly over the test tasks"""
     explore_episodes: int = 2
-    """exploration episodes of a meta-test run, on the prior, K"""
+    """exploration episodes of a meta-test run, on the prior (the paper's K)"""
     test_episodes: int = 4
-    """all episodes of a meta-test run, N"""
+    """all episodes of a meta-test run (the paper's N)"""
     eval_sample: bool = False
     """sample the actions after exploration instead of taking the mode"""
 
@@ -486,8 +490,8 @@ class TaskEncoder(nn.Module):
 def to_gaussian(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A head's output as mean and standard deviation.
 
-    Means near the corners of the cube: contexts of one task differ a little, and a policy that reads the difference
-    reads noise. Standard deviations start at 0.13: noise of 1 would hide what little is known.
+    tanh(3 x) saturates, so that contexts of one task, which differ a little, give nearly the same mean: a policy would
+    read the difference as noise. Standard deviations start at softplus(-2) = 0.13; with 1, noise would hide the mean.
     """
     mean, spread = raw.chunk(2, -1)
     return torch.tanh(3 * mean), F.softplus(spread - 2) + 1e-6
@@ -535,7 +539,7 @@ def kl_between(mean: torch.Tensor, std: torch.Tensor, mean_to: torch.Tensor, std
 
 
 def global_loss(scores, label, mean, std, kl_coef) -> torch.Tensor:
-    """L_G (eq. 16): contrast between tasks, and the KL to the prior that keeps z short."""
+    """L_G (eq. 16): contrast between tasks, and the KL that keeps q(z | c) near the prior."""
     return -info_nce(scores, label) + kl_coef * kl_to_prior(mean, std)
 
 
@@ -596,9 +600,9 @@ def value_loss(value, old_value, target, clip_coef, huber_delta) -> torch.Tensor
 class ContextBuffer:
     """C_k of Algorithm 1: for each training task the latest episodes, all gathered with the prior.
 
-    data [N, K, T, n, transition_dim]: K episodes of T steps and n agents for each of N tasks, growing to `capacity`.
-    A context is B steps drawn from a few episodes, as at meta-test. Drawn from all of them it would be easier to
-    compare, but the encoder would learn to know the episodes (by where the obstacles are) instead of the tasks.
+    data [N, M, T, n, transition_dim]: M episodes of T steps and n agents for each of N tasks, growing to `capacity`.
+    A context is B steps drawn from at most `num_episodes` of them. From more, contexts of one task would be more alike,
+    and the encoder could tell tasks apart by what episodes they hold (where the obstacles are) instead of by reward.
     """
 
     def __init__(self, capacity: int):
@@ -723,7 +727,7 @@ def clip_gradient_per_agent(parameters: list[nn.Parameter], max_norm: float) -> 
 
 
 def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, value_norm, buffer, optimizers) -> dict:
-    """15 epochs of PPO on one rollout (Algorithm 1, lines 16 to 18).
+    """Epochs of PPO on one rollout (Algorithm 1, lines 16 to 18).
 
     z_local [n, T, E, d] is what the actors acted on; z_global [T, E, d] is for the values of old; task [E] is
     each copy's index among the training tasks. Returns metrics, 0-d tensors.
@@ -749,7 +753,7 @@ def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, va
         # line 17: the critic and, through z, the global part of the encoder
         context = buffer.sample(present, args.context_size, args.context_episodes)  # fresh in every epoch
         z, _ = encoder.global_posterior(encoder.embed(context, training=True))  # [N', d], means: noise costs accuracy
-        z = z.detach() + args.critic_coef * (z - z.detach())  # the same z, a smaller gradient
+        z = z.detach() + args.critic_coef * (z - z.detach())  # the same value, the gradient times critic_coef
         z = z[of_copy].expand(len(data.state), -1, -1)  # [T, E, d]
         loss_q = value_loss(critic(data.state, z), value, target, args.clip_coef, args.huber_delta)
         optimizers["critic"].zero_grad()
@@ -861,6 +865,7 @@ def infer(encoder, memory, context_size, num_contexts, latent_dim) -> tuple[torc
         else:
             omega = encoder.priorities(own).clamp(min=1e-12)  # [n, S]
             size = min(context_size, steps)
+            # chooses where more is stored than a context holds
             pick = torch.multinomial(omega.repeat_interleave(num_contexts, 0), size)  # [n * C, B], none twice
             pick = pick.view(n, num_contexts * size, 1).expand(-1, -1, own.shape[-1])
             context = own.gather(1, pick).unflatten(1, (num_contexts, size))  # [n, C, B, transition_dim]
@@ -938,7 +943,7 @@ def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) ->
             begun = [transitions[:steps] for transitions in memory]
             posterior = infer(encoder, begun, args.inference_size, args.rollout_contexts, args.latent_dim)
             data = rollout(env, actor, task, draw_z(*posterior, num_steps), env_seed, greedy=not args.eval_sample)
-            record("curve", args.test_episodes, begun, data, posterior)
+            record("curve", args.test_episodes, begun, data, posterior if steps else None)
     return rows
 
 
@@ -992,7 +997,7 @@ def write_videos(args, actor, encoder, folder: Path, iteration: int, device) -> 
 
 def fail(message: str, code: int = 2) -> None:
     """Say in one line what is wrong and stop: 2 for bad input, before anything was written, 1 for what went wrong."""
-    print("\n" * (code == 1) + f"{SCRIPT}.py: {message}", file=sys.stderr)  # below the progress bar
+    print(("\n" if code == 1 else "") + f"{SCRIPT}.py: {message}", file=sys.stderr)  # below the progress bar
     sys.exit(code)
 
 
@@ -1140,7 +1145,8 @@ def load_agents(run: str | Path) -> SimpleNamespace:
 
 def parse_args() -> tuple[Args, Path | None, dict | None]:
     """The arguments, and for --resume and --meta-test the run folder and its checkpoint. Raises ValueError."""
-    given = tyro.cli(Args, description=__doc__.split("\n\n")[0])
+    about = __doc__.split("\n\n")[0] + " A default of None depends on the environment: see ENV_DEFAULTS."
+    given = tyro.cli(Args, description=about)
     if given.resume and given.meta_test:
         raise ValueError("resume, meta-test: got both, expected one of them")
     if not (given.resume or given.meta_test):
@@ -1336,19 +1342,26 @@ if __name__ == "__main__":
             buffer.add(transitions(data, actor).transpose(0, 1).unflatten(0, (num_tasks, -1)))  # line 6
             encoder.fit_input(buffer.data)
         if iteration == 0:
+            now = time.perf_counter()
             for _ in range(args.warmup_updates):
                 update_encoder(args, encoder, buffer, num_tasks, optimizers)
+            seconds["encoder"] += time.perf_counter() - now
+            begun += time.perf_counter() - now
 
         # lines 8 to 13: collect transitions for RL, on the posterior
         env_seed = seed_everything(args.seed, iteration, "rollout")
         task = torch.randint(num_tasks, (args.num_envs,), device=device)  # [E], index among the training tasks
         with torch.no_grad():  # line 10: C contexts of every task
             every = torch.arange(num_tasks, device=device).repeat(args.rollout_contexts)  # [C * N]
-            x = encoder.embed(buffer.sample(every, args.inference_size, args.context_episodes))
+            x = encoder.embed(
+                buffer.sample(every, args.inference_size, args.context_episodes)
+            )  # [C * N, n, encoder_dim]
             posteriors = {"global": encoder.global_posterior(x), "local": encoder.local_posterior(x)}
             by_context = (args.rollout_contexts, num_tasks)
+            # mean and standard deviation, [C, n, E, d]: of each context, that of each copy's task
             local = [p.unflatten(1, by_context).transpose(0, 1)[:, :, task] for p in posteriors["local"]]
             z_local = draw_z(*local, num_steps)  # [n, T, E, d]
+            # one z per copy: values of a rollout must come from one function, or they do not telescope
             z_global = posteriors["global"][0].unflatten(0, by_context)[0, task]  # [E, d]
             z_global = z_global.expand(num_steps, -1, -1)  # [T, E, d]
         data = rollout(train_env, actor, tasks.train[task.cpu().numpy()], z_local, env_seed)  # lines 11 and 12
