@@ -372,7 +372,7 @@ def test_meta_test_never_shows_the_task_or_what_the_critic_reads(monkeypatch):
     env.tasks.test[:] = env.tasks.test[::-1].copy()
     assert [row["task"] for row in rows] != [row["task"] for row in renamed]
     assert [row["return"] for row in rows] == [row["return"] for row in renamed]
-    assert all(row["accuracy"] == "" and (row["probe"] == "") == (row["phase"] == "prior") for row in rows)
+    assert all(row["accuracy"] == "" and (row["probe"] == "") == (row["context_steps"] == 0) for row in rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -167,8 +167,8 @@ def check_rows(rows, tasks, steps, copies, explore, total, has_accuracy):
         assert int(row["task"]) == tasks[int(row["run"]) % len(tasks)]
         assert -3000 < float(row["return"]) < 3000
         # a copy that is alone on its task has nobody to be compared with
-        comparable = has_accuracy and row["phase"] != "prior" and int(row["run"]) % len(tasks) < copies % len(tasks)
-        comparable |= has_accuracy and row["phase"] != "prior" and copies >= 2 * len(tasks)
+        inferred = has_accuracy and int(row["context_steps"]) > 0
+        comparable = inferred and (int(row["run"]) % len(tasks) < copies % len(tasks) or copies >= 2 * len(tasks))
         for key in ("accuracy", "probe"):
             assert 0 <= float(row[key]) <= 1 if comparable else row[key] == ""
 
