@@ -59,10 +59,10 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "context_size":    (64, 64, 512, 128, 64, 128),
     "inference_size":  (200, 200, 512, 512, 200, 128),
     "rollout_contexts": (8, 8, 8, 2, 8, 2),
-    "warmup_episodes": (1000, 2000, 10, 2, 20, 4),
+    "warmup_episodes": (1500, 2000, 10, 2, 20, 4),
     "context_episodes": (8, 8, 2, 2, 2, 2),
-    "context_episode_steps": (25, 25, 1000, 1000, 100, 200),
-    "context_copies":  (20, 20, 1, 1, 1, 1),
+    "context_episode_steps": (12, 12, 1000, 1000, 100, 200),
+    "context_copies":  (40, 40, 1, 1, 1, 1),
     "context_interval": (5, 5, 1, 5, 2, 2),
     "share_policy":    (False, False, False, False, False, True),
 }

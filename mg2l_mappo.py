@@ -59,20 +59,18 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "total_timesteps": (500_000, 500_000, 5_000_000, 2_000_000, 500_000, 1_000_000),
     "eval_interval":   (50_000, 50_000, 500_000, 200_000, 50_000, 100_000),
     "buffer_size":     (300_000, 600_000, 1_000_000, 500_000, 100_000, 200_000),
-    "context_size":    (64, 64, 512, 128, 64, 128),
+    "context_size":    (16, 16, 512, 128, 64, 128),
     "inference_size":  (200, 200, 512, 512, 200, 128),
     "encoder_dim":     (96, 96, 64, 64, 64, 64),
     "encoder_learning_rate": (7e-5, 1e-4, 2e-4, 3e-4, 2e-4, 2e-4),
-    "encoder_dropout": (0.2, 0.1, 0.2, 0.2, 0.2, 0.2),
-    "temperature":     (16.0, 4.0, 16.0, 16.0, 16.0, 16.0),
-    "context_sets":    (12, 24, 6, 3, 4, 2),
+    "context_sets":    (48, 96, 6, 3, 4, 2),
     "rollout_contexts": (8, 8, 8, 2, 8, 2),
     "encoder_updates": (2, 5, 5, 10, 5, 5),
-    "warmup_episodes": (1000, 2000, 10, 2, 20, 4),
-    "warmup_updates":  (400, 900, 200, 200, 300, 60),
+    "warmup_episodes": (1500, 2000, 10, 2, 20, 4),
+    "warmup_updates":  (300, 1200, 200, 200, 300, 60),
     "context_episodes": (8, 8, 2, 2, 2, 2),
-    "context_episode_steps": (25, 25, 1000, 1000, 100, 200),
-    "context_copies":  (20, 20, 1, 1, 1, 1),
+    "context_episode_steps": (12, 12, 1000, 1000, 100, 200),
+    "context_copies":  (40, 40, 1, 1, 1, 1),
     "context_interval": (5, 5, 1, 5, 2, 2),
     "share_policy":    (False, False, False, False, False, True),
 }
@@ -153,15 +151,13 @@ class Args:
     """heads of each attention block"""
     critic_coef: float = 0.1
     """factor on L_Q's gradient to the encoder; L_Q and L_G take turns on one Adam (Algorithm 1: one step on the sum)"""
-    encoder_dropout: float | None = None
-    """share of the entries of transitions that are hidden while the encoder learns, so that it can't learn by heart"""
     kl_coef: float = 0.001
     """alpha, the weight of the KL to the prior, mean over dimensions (Table II: 0.1)"""
     local_loss: Literal["infonce", "cmi", "kl"] = "infonce"
     """L_L: infonce contrasts z^i alone, cmi is eq. 24 as printed, kl is the consistency loss of section V-F"""
     similarity: Literal["dot", "cosine"] = "dot"
     """similarity of two representations in the contrastive losses"""
-    temperature: float | None = None
+    temperature: float = 16.0
     """the similarity is divided by it: the higher, the softer the comparison"""
     context_size: int | None = None
     """transitions in one context while the encoder learns, B"""
@@ -321,12 +317,11 @@ class PIA(nn.Module):
 class TaskEncoder(nn.Module):
     """From transitions to the posteriors q(z | c) and q^i(z^i | c^i) (eq. 7)."""
 
-    def __init__(self, num_agents, transition_dim, encoder_dim, latent_dim, blocks, heads, dropout, shared):
+    def __init__(self, num_agents, transition_dim, encoder_dim, latent_dim, blocks, heads, shared):
         super().__init__()
         # without a standard scale of its input the encoder does not learn
         self.register_buffer("mean", torch.zeros(transition_dim))
         self.register_buffer("std", torch.ones(transition_dim))
-        self.dropout = dropout
         self.e_tran = nn.Sequential(
             nn.Linear(transition_dim, encoder_dim), nn.ReLU(), nn.Linear(encoder_dim, encoder_dim)
         )
@@ -351,10 +346,9 @@ class TaskEncoder(nn.Module):
         self.mean.copy_(mean)
         self.std.copy_(std.clamp(min=1e-2))
 
-    def embed(self, context: torch.Tensor, training: bool = False) -> torch.Tensor:
+    def embed(self, context: torch.Tensor) -> torch.Tensor:
         """context [Q, n, B, transition_dim] -> x^i, what each agent's transitions say together, [Q, n, encoder_dim]."""
-        standard = F.dropout((context - self.mean) / self.std, self.dropout, training)
-        return self.e_agg(self.e_tran(standard))[0]
+        return self.e_agg(self.e_tran((context - self.mean) / self.std))[0]
 
     def global_posterior(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [Q, n, encoder_dim] -> mean and standard deviation of q(z | c), [Q, d]."""
@@ -620,7 +614,7 @@ def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, va
     for epoch in range(args.update_epochs):
         # line 17: the critic and, through z, the global part of the encoder
         context = buffer.sample(present, args.context_size, args.context_episodes)  # fresh in every epoch
-        z, _ = encoder.global_posterior(encoder.embed(context, training=True))  # [N', d], means: noise costs accuracy
+        z, _ = encoder.global_posterior(encoder.embed(context))  # [N', d], means: noise costs accuracy
         z = z.detach() + args.critic_coef * (z - z.detach())  # the same value, the gradient times critic_coef
         z = z[of_copy].expand(len(data.state), -1, -1)  # [T, E, d]
         loss_q = value_loss(critic(data.state, z), value, target, args.clip_coef, args.huber_delta)
@@ -673,7 +667,7 @@ def contrast(args, mean, std, num_tasks: int) -> torch.Tensor:
 def update_encoder(args, encoder, buffer, num_tasks, optimizers) -> dict:
     """One step on L_G + L_L (Algorithm 1, lines 17 and 19). Returns metrics, tensors."""
     label = torch.arange(num_tasks, device=buffer.data.device).repeat(args.context_sets)  # [Q], in a set one per task
-    x = encoder.embed(buffer.sample(label, args.context_size, args.context_episodes), training=True)
+    x = encoder.embed(buffer.sample(label, args.context_size, args.context_episodes))
     posteriors = [encoder.global_posterior(x), encoder.local_posterior(x)]  # [Q, d], [n, Q, d]
     scores = [contrast(args, *posterior, num_tasks) for posterior in posteriors]  # [(n,) Q, sets - 1, N]
     loss_g = global_loss(scores[0], label, *posteriors[0], args.kl_coef)
@@ -886,7 +880,7 @@ def check_args(args: Args) -> None:
     if args.num_threads == 0:
         args.num_threads = min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
     zero_is_fine = {"seed", "num_threads", "kl_coef", "ent_coef", "gae_lambda", "encoder_blocks"}
-    zero_is_fine |= {"encoder_updates", "encoder_dropout", "warmup_updates"}
+    zero_is_fine |= {"encoder_updates", "warmup_updates"}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -898,7 +892,6 @@ def check_args(args: Args) -> None:
     more = args.test_episodes > args.explore_episodes
     expect(more, "test_episodes", args.test_episodes, "more than explore_episodes")
     expect(args.eval_copies >= len(env.tasks.test), "eval_copies", args.eval_copies, "at least one per test task")
-    expect(args.encoder_dropout < 1, "encoder_dropout", args.encoder_dropout, "less than 1")
     for name in ("context_sets", "rollout_contexts"):
         expect(getattr(args, name) > 1, name, getattr(args, name), "at least 2 to compare")
     expect(args.encoder_dim % args.encoder_heads == 0, "encoder_heads", args.encoder_heads, "a divisor of encoder_dim")
@@ -1033,9 +1026,8 @@ def build(args: Args, env: envs.MetaVectorEnv, device: torch.device) -> dict[str
     actor = Actor(n, obs_dim, args.latent_dim, env.single_action_space, args.hidden_dim, args.share_policy)
     critic = Critic(n, env.state_dim, args.latent_dim, args.hidden_dim)
     transition_dim = 2 * obs_dim + actor.action_dim + 1  # (o, a, r, o')
-    attention = dict(blocks=args.encoder_blocks, heads=args.encoder_heads, dropout=args.encoder_dropout)
     dims = (transition_dim, args.encoder_dim, args.latent_dim)
-    encoder = TaskEncoder(n, *dims, shared=args.share_policy, **attention)
+    encoder = TaskEncoder(n, *dims, args.encoder_blocks, args.encoder_heads, args.share_policy)
     networks = dict(actor=actor, critic=critic, encoder=encoder, value_norm=ValueNorm())
     return {name: network.to(device) for name, network in networks.items()}
 

@@ -1,6 +1,6 @@
 """Whether long runs keep their memory, open files, threads and speed: many small iterations of mg2l_mappo.py.
 
-    python benchmark/soak.py                                        # all six environments, about 20 minutes each
+    python benchmark/soak.py                                        # all six environments, about 10 minutes each
     python benchmark/soak.py --env-id hunting_target --iterations 1000
 
 Small networks and few copies make iterations short, so that what each of them left behind would add up; there are 50
@@ -26,8 +26,8 @@ import envs
 import mg2l_mappo
 
 ROOT = Path(__file__).parents[1]
-# about 20 minutes on one thread
-ITERATIONS = dict(zip(envs.ENV_IDS, (20_000, 20_000, 1_000, 1_000, 8_000, 800), strict=True))
+# as many as take two hours with default settings on one core; with those below, about 10 minutes each
+ITERATIONS = dict(zip(envs.ENV_IDS, (7_000, 7_000, 400, 220, 3_000, 300), strict=True))
 SETTINGS = dict(num_envs=2, update_epochs=1, hidden_dim=32, warmup_episodes=1, warmup_updates=1, context_copies=1)
 SETTINGS |= dict(context_interval=1, encoder_updates=1, context_size=16, context_sets=2, rollout_contexts=2)
 SETTINGS |= dict(context_episodes=2, context_episode_steps=20)
@@ -36,10 +36,10 @@ GROWTH = 0.02
 
 
 def sample() -> tuple[float, float, int, int]:
-    """Seconds, resident memory in MiB, open files and threads of this process."""
+    """CPU seconds (other programs do not count), resident memory in MiB, open files and threads of this process."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     memory = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-    return time.perf_counter(), memory, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
+    return time.process_time(), memory, len(os.listdir("/proc/self/fd")), len(os.listdir("/proc/self/task"))
 
 
 def soak(env_id: str, iterations: int) -> bool:
@@ -69,11 +69,11 @@ def soak(env_id: str, iterations: int) -> bool:
     parts = samples[tenth : 2 * tenth], samples[-tenth:]
     before, after = (statistics.median(memory for _, memory, _, _ in part) for part in parts)
     files, threads = ((parts[0][0][k], samples[-1][k]) for k in (2, 3))
-    length = [samples[k][0] - samples[j][0] for j, k in ((0, tenth), (-1 - tenth, -1))]  # seconds of a tenth
+    length = [samples[k][0] - samples[j][0] for j, k in ((0, tenth), (-1 - tenth, -1))]  # CPU seconds of a tenth
     first, last = (total / len(samples) * tenth / seconds for seconds in length)
     print(
         f"{env_id:16} {len(samples):10,} {before:8.1f} {after:8.1f} {100 * (after / before - 1):+7.2f} "
-        f"{files[0]:5} {files[1]:5} {threads[0]:7} {threads[1]:7} {first:9,.0f} {last:9,.0f}",
+        f"{files[0]:5} {files[1]:5} {threads[0]:7} {threads[1]:7} {first:11,.0f} {last:9,.0f}",
         flush=True,
     )
     return after <= (1 + GROWTH) * before and files[0] == files[1] and threads[0] == threads[1]
@@ -82,13 +82,13 @@ def soak(env_id: str, iterations: int) -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--env-id", choices=envs.ENV_IDS, help="only this one")
-    parser.add_argument("--iterations", type=int, help="at least 20 (default: about 20 minutes)")
+    parser.add_argument("--iterations", type=int, help="at least 20 (default: two hours' worth)")
     args = parser.parse_args()
     if args.env_id:
         sys.exit(not soak(args.env_id, args.iterations or ITERATIONS[args.env_id]))
     print(
         f"{'environment':16} {'iterations':>10} {'MiB':>8} {'MiB end':>8} {'growth%':>7} {'files':>5} {'end':>5} "
-        f"{'threads':>7} {'end':>7} {'steps/s':>9} {'end':>9}",
+        f"{'threads':>7} {'end':>7} {'steps/CPU-s':>11} {'end':>9}",
         flush=True,
     )
     more = ["--iterations", str(args.iterations)] if args.iterations else []

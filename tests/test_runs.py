@@ -480,7 +480,6 @@ BAD = [  # flags, what the line must say
 BAD_CONTEXT = [
     *(([f"--{name.replace('_', '-')}", "0"], name.replace("_", "-")) for name in CONTEXT_POSITIVE),
     ("--encoder-heads 5", "encoder-heads: got 5"),
-    ("--encoder-dropout 1", "encoder-dropout"),
     ("--context-sets 1", "context-sets: got 1"),
     ("--rollout-contexts 1", "rollout-contexts: got 1"),
     ("--context-episode-steps 101", "context-episode-steps: got 101"),
