@@ -478,7 +478,7 @@ def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, va
         returns = advantage + now
         value_norm.update(returns)
         mean, std = value_norm.mean_std()
-        explained_variance = 1 - advantage.var() / returns.var()
+        explained_variance = 1 - advantage.var() / returns.var().clamp(min=1e-8)  # equal returns: no NaN
         target = (returns - mean) / std
         advantage = advantage.permute(2, 0, 1).flatten(1)  # [n, T * E]
         advantage = (advantage - advantage.mean(1, keepdim=True)) / (advantage.std(1, keepdim=True) + 1e-8)

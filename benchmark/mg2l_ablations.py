@@ -84,6 +84,7 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "encoder_learning_rate": (7e-5, 1e-4, 2e-4, 3e-4, 2e-4, 2e-4),
     "context_sets":    (48, 96, 6, 3, 4, 2),
     "rollout_contexts": (8, 8, 8, 2, 8, 2),
+    "rollout_context_size": (200, 32, 512, 512, 200, 128),
     "encoder_updates": (2, 5, 5, 10, 5, 5),
     "warmup_episodes": (1500, 2000, 10, 2, 20, 4),
     "warmup_updates":  (300, 1200, 200, 200, 300, 60),
@@ -189,7 +190,7 @@ class Args:
     context_size: int | None = None
     """transitions in one context while the encoder learns, B"""
     inference_size: int | None = None
-    """transitions, at most, that agents infer z^i from to act on it, in rollouts and at meta-test"""
+    """transitions, at most, that agents infer z^i from at meta-test"""
     buffer_size: int | None = None
     """transitions of single agents that the context buffers of all tasks hold together"""
     context_episodes: int | None = None
@@ -210,6 +211,8 @@ class Args:
     """sets of one context per training task in each of these steps; every context is compared with all other sets"""
     rollout_contexts: int | None = None
     """contexts encoded per task before a rollout; each step picks one"""
+    rollout_context_size: int | None = None
+    """transitions in each of them: with few, policies meet doubtful z^i, as at meta-test; with many only clear ones"""
 
     # meta-test (Algorithm 2)
     eval_interval: int | None = None
@@ -735,7 +738,7 @@ def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, va
         returns = advantage + now
         value_norm.update(returns)
         mean, std = value_norm.mean_std()
-        explained_variance = 1 - advantage.var() / returns.var()
+        explained_variance = 1 - advantage.var() / returns.var().clamp(min=1e-8)  # equal returns: no NaN
         target = (returns - mean) / std
         advantage = advantage.permute(2, 0, 1).flatten(1)  # [n, T * E]
         advantage = (advantage - advantage.mean(1, keepdim=True)) / (advantage.std(1, keepdim=True) + 1e-8)
@@ -1345,9 +1348,8 @@ if __name__ == "__main__":
         task = torch.randint(num_tasks, (args.num_envs,), device=device)  # [E], index among the training tasks
         with torch.no_grad():  # line 10: C contexts of every task
             every = torch.arange(num_tasks, device=device).repeat(args.rollout_contexts)  # [C * N]
-            x = encoder.embed(
-                buffer.sample(every, args.inference_size, args.context_episodes)
-            )  # [C * N, n, encoder_dim]
+            context = buffer.sample(every, args.rollout_context_size, args.context_episodes)
+            x = encoder.embed(context)  # [C * N, n, encoder_dim]
             posteriors = {"global": encoder.global_posterior(x), "local": encoder.local_posterior(x)}
             by_context = (args.rollout_contexts, num_tasks)
             # mean and standard deviation, [C, n, E, d]: of each context, that of each copy's task

@@ -725,6 +725,16 @@ def test_ppo_learns_the_action_that_pays():
     assert metrics["losses/entropy"] < math.log(3) - 0.1
 
 
+def test_equal_returns_leave_the_explained_variance_finite():
+    env = make_env("toy", 4)
+    args, nets, optimizers, buffer = small(env)
+    data, z_local, z_global, task = experience(env, args, nets, 4)
+    data.reward.zero_()
+    torch.nn.init.zeros_(nets.critic.layers[-1].weight)
+    metrics = update(args, nets, optimizers, buffer, data, z_local, z_global, task)
+    assert torch.isfinite(metrics["losses/explained_variance"])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Encoder update
 

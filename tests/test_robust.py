@@ -669,6 +669,7 @@ ANY = {
     "context_interval": st.integers(1, 3),
     "context_sets": st.integers(2, 3),
     "rollout_contexts": st.integers(2, 3),
+    "rollout_context_size": st.integers(1, 2 * EPISODE),
     "warmup_episodes": st.integers(1, 2),
     "warmup_updates": st.integers(0, 2),
     "encoder_updates": st.integers(0, 2),

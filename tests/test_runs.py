@@ -445,7 +445,7 @@ POSITIVE = (
 CONTEXT_POSITIVE = (
     "latent_dim encoder_dim encoder_heads temperature context_size inference_size buffer_size context_episodes "
     "context_copies warmup_episodes context_interval context_sets rollout_contexts encoder_learning_rate "
-    "context_episode_steps"
+    "context_episode_steps rollout_context_size"
 ).split()
 BAD = [  # flags, what the line must say
     *(([f"--{name.replace('_', '-')}", "0"], name.replace("_", "-")) for name in POSITIVE),
