@@ -487,7 +487,7 @@ BAD_CONTEXT = [
     ("--encoder-updates -1", "encoder-updates"),
     ("--context-size 201 --buffer-size 1800", "context-size: got 201"),
     ("--env-kwargs num_preys=1", "training task"),
-    ("--total-timesteps 349 --num-envs 2 --warmup-episodes 2", "total-timesteps: got 349"),
+    ("--total-timesteps 271 --num-envs 2 --warmup-episodes 2", "total-timesteps: got 271"),
 ]
 TABLE = [(script, *row) for script in MODULES for row in BAD] + [("mg2l_mappo", *row) for row in BAD_CONTEXT]
 
