@@ -26,7 +26,8 @@ import envs
 import mg2l_mappo
 
 ROOT = Path(__file__).parents[1]
-# as many as take two hours with default settings on one core; with those below, about 10 minutes each
+# as many as take two hours with default settings on one core, magent_gather twice that, since its memory fills until
+# about the 180th; with those below, about 10 minutes each
 ITERATIONS = dict(zip(envs.ENV_IDS, (7_000, 7_000, 400, 220, 3_000, 600), strict=True))
 SETTINGS = dict(num_envs=2, update_epochs=1, hidden_dim=32, warmup_episodes=1, warmup_updates=1, context_copies=1)
 SETTINGS |= dict(context_interval=1, encoder_updates=1, context_size=16, context_sets=2, rollout_contexts=2)
