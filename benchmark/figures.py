@@ -95,14 +95,14 @@ def by_seed(rows: list[dict], key: str, **where) -> list[float]:
     return [float(np.mean(v)) for v in values.values()]
 
 
-def draw(axis, x: list, curve: list[list[float]], script: str) -> None:
+def draw(axis, x: list, curve: list[list[float]], name: str, colour: str) -> None:
     """Mean and 95 % bootstrap interval over seeds; a single seed is drawn without one."""
     count = f"{len(curve[0])} seeds" if len(curve[0]) > 1 else "one seed"
-    axis.plot(x, [np.mean(values) for values in curve], color=COLOURS[script], label=f"{script} ({count})")
+    axis.plot(x, [np.mean(values) for values in curve], color=colour, label=f"{name} ({count})")
     if len(curve[0]) > 1:
         rng = np.random.default_rng(0)
         band = [np.percentile(resample(values, rng), [2.5, 97.5]) for values in curve]
-        axis.fill_between(x, *np.transpose(band), color=COLOURS[script], alpha=0.2, linewidth=0)
+        axis.fill_between(x, *np.transpose(band), color=colour, alpha=0.2, linewidth=0)
 
 
 def save(figure, path: Path) -> None:
@@ -163,12 +163,12 @@ def main() -> None:
 
             steps = sorted({row["step"] for row in own})
             curve = [by_seed(own, "return", step=step, phase="posterior") for step in steps]
-            draw(axis, [step / 1000 for step in steps], curve, script)
+            draw(axis, [step / 1000 for step in steps], curve, script, COLOURS[script])
             begun = sorted({row["context_steps"] for row in own if row["phase"] == "curve"})
             for each, key in ((return_axis, "return"), (accuracy_axis, "accuracy")):
                 curve = [by_seed(own, key, phase="curve", context_steps=steps) for steps in begun]
                 if all(curve):
-                    draw(each, begun, curve, script)
+                    draw(each, begun, curve, script, COLOURS[script])
         axis.set_title(setting, fontsize=9)
         axis.set(xlabel="environment steps (thousands)", ylabel="meta-test return (posterior)")
         return_axis.set_title(setting, fontsize=9)

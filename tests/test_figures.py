@@ -1,6 +1,8 @@
 """benchmark/figures.py: its numbers by hand, and its files from runs that the scripts left."""
 
 import csv
+import dataclasses
+import json
 import runpy
 import signal
 import sys
@@ -79,3 +81,106 @@ def test_no_gap_to_close_where_the_oracle_is_not_above_the_floor():
 def test_interval_of_one_seed_has_no_interval():
     assert figures["interval"]([3.0]) == "3.0 (one seed)"
     assert figures["interval"]([3.0, 3.0]) == "3.0 [3.0, 3.0]"
+
+
+ABLATIONS = {  # runs of these flags, as if everything else had been the defaults
+    "mg2l_1": ("mg2l_mappo", 1, {}),
+    "mg2l_2": ("mg2l_mappo", 2, {}),
+    "kl_1": ("mg2l_ablations", 1, {"local_loss": "kl"}),
+    "local_1": ("mg2l_ablations", 1, {"scheme": "local_only"}),
+    "odd_1": ("mg2l_mappo", 1, {"kl_coef": 0.5}),  # of no figure
+}
+
+
+@pytest.fixture
+def ablated(tmp_path, monkeypatch):
+    """Folders of runs that are short, and whose args.json says that they were not."""
+    import mg2l_mappo
+    from envs import ENV_IDS
+
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    defaults = dataclasses.asdict(mg2l_mappo.Args())
+    defaults |= {name: by_env[ENV_IDS.index("hunting_target")] for name, by_env in mg2l_mappo.ENV_DEFAULTS.items()}
+    defaults |= {"global_loss": "infonce", "scheme": "g2l", "aggregator": "pia"}
+    for name, (script, seed, flags) in ABLATIONS.items():
+        path = ROOT / "benchmark" / f"{script}.py" if script == "mg2l_ablations" else ROOT / f"{script}.py"
+        own = [part for flag, value in flags.items() for part in (f"--{flag.replace('_', '-')}", value)]
+        own += "--context-size 8 --warmup-episodes 1 --warmup-updates 1 --total-timesteps 3000".split()
+        where = ["--run-dir", tmp_path / "runs", "--run-name", name, "--seed", seed]
+        command(monkeypatch, path, *TINY.split(), *own, *where)
+        file = tmp_path / "runs" / name / "args.json"
+        known = json.loads(file.read_text())
+        told = {key: defaults[key] for key in known if key in defaults} | flags | {"seed": seed}
+        file.write_text(json.dumps(known | told))
+    return tmp_path / "runs"
+
+
+def table_of(printed: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("| ")]
+
+
+def test_figures_of_ablations(ablated, tmp_path, monkeypatch, capsys):
+    cut = ablated / "local_1" / "meta_test.csv"  # not finished
+    cut.write_text("".join(line for line in cut.read_text().splitlines(keepends=True) if "curve" not in line))
+    capsys.readouterr()
+    path = ROOT / "benchmark" / "ablation_figures.py"
+    command(monkeypatch, path, *sorted(ablated.iterdir()), "--out", tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert f"not finished, left out: {ablated / 'local_1'}" in printed
+    rows = {(cells[0], cells[1]): cells[2:] for cells in table_of(printed)}
+    assert len(rows) == 1 + 4 + 4 + 4 + 3  # the head, and each variant of each figure
+    assert rows["fig12_schemes", "MG2L"][1] == rows["local_losses", "infonce (default)"][1] == "2"
+    assert "[" in rows["fig12_schemes", "MG2L"][3]
+    assert rows["fig12_schemes", "CSTL (consistency)"][1] == "1" and "(one seed)" in rows["local_losses", "kl"][3]
+    assert rows["fig12_schemes", "Local-Only"][1:4] == ["0", "no run", "no run"]
+    assert rows["fig13_aggregators", "PIA"][1] == "0"  # which is compared at another context size
+    with open(ablated / "kl_1" / "meta_test.csv") as file:
+        last = [row for row in csv.DictReader(file) if row["phase"] == "posterior"]
+    last = [float(row["return"]) for row in last if row["step"] == last[-1]["step"]]
+    assert float(rows["local_losses", "kl"][3].split()[0]) == pytest.approx(np.mean(last), abs=0.06)
+    for name in ("fig11_global_losses", "fig12_schemes", "fig13_aggregators", "local_losses"):
+        pixels = np.asarray(Image.open(tmp_path / "out" / f"{name}.png").convert("RGB"))
+        assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
+        assert (tmp_path / "out" / f"{name}.svg").read_text().startswith("<?xml")
+
+
+def test_table_of_variants(ablated, monkeypatch, capsys):
+    capsys.readouterr()
+    command(monkeypatch, ROOT / "benchmark" / "variants.py", *sorted(ablated.iterdir()))
+    rows = {(cells[1], cells[2]): cells for cells in table_of(capsys.readouterr().out)}
+    assert rows["mg2l_mappo", "defaults"][3] == "2"
+    assert rows["mg2l_mappo", "`--kl-coef 0.5`"][3] == rows["mg2l_ablations", "`--local-loss kl`"][3] == "1"
+
+
+def test_aggregate_by_hand(tmp_path, monkeypatch, capsys):
+    """Scores of 0 at the floor and 1 at the oracle, and what cannot be scored is named."""
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    returns = {  # setting -> script -> one return per seed
+        "a": {"mg2l_mappo": [8, 8], "task_given": [10, 10], "task_given none": [0, 0], "ma_pearl": [1, 1]},
+        "b": {"mg2l_mappo": [-60, -60, -60], "task_given": [-80, -60], "task_given none": [-90], "ma_pearl": [-90]},
+        "c": {"mg2l_mappo": [1], "task_given": [0], "task_given none": [1], "mix_mate": [1]},
+        "d": {"mg2l_mappo": [1], "task_given": [0]},
+    }
+    with open(tmp_path / "meta_test.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["setting", "script", "seed", "step", "phase", "return"])
+        writer.writeheader()
+        for setting, by_script in returns.items():
+            for script, values in by_script.items():
+                for seed, value in enumerate(values):
+                    row = dict(setting=setting, script=script, seed=seed, phase="posterior")
+                    writer.writerow(row | {"step": 100, "return": 0.0})
+                    writer.writerow(row | {"step": 900, "return": value})
+                    writer.writerow(row | {"step": 900, "return": 1e6, "phase": "prior"})
+    table = ["--table", tmp_path / "meta_test.csv", "--out", tmp_path]
+    command(monkeypatch, ROOT / "benchmark" / "aggregate.py", *table)
+    printed = capsys.readouterr().out
+    assert "left out: c: the oracle is not above the floor" in printed
+    assert "left out: d: no runs of oracle and floor" in printed and "left out: mix_mate: no run on a, b" in printed
+    rows = {cells[0]: cells[1:] for cells in table_of(printed)}
+    # (8 - 0) / 10 and (-60 + 90) / 20, two seeds each: 0.8, 0.8, 1.5, 1.5, of which the middle two count
+    assert rows["mg2l_mappo"][:2] == ["2 x 2", "1.15 [1.15, 1.15]"]
+    assert rows["ma_pearl"] == ["1 x 2", "0.05 (one seed)", "1.00 (one seed)"]
+    # better than the oracle on b alone, where it is better than one seed and level with none of the other
+    assert float(rows["task_given"][2].split()[0]) == pytest.approx((0 + 0.75) / 2, abs=0.13)
+    assert (tmp_path / "aggregate.svg").read_text().startswith("<?xml")
+    assert len(np.unique(np.asarray(Image.open(tmp_path / "aggregate.png")).reshape(-1, 4), axis=0)) > 20
