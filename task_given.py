@@ -116,8 +116,8 @@ class Args:
     """one actor and one local encoder for all agents, told the agent's id (default: on magent_gather only)"""
 
     # what the agents are told
-    task_label: Literal["one-hot", "parameters", "none"] = "one-hot"
-    """one-hot task id, what the task's parameters are, or nothing (the floor)"""
+    task_label: Literal["one-hot", "code", "parameters", "none"] = "one-hot"
+    """one-hot task id, 64 signs for each task (as large as MG2L's z), the task's parameters, or nothing (the floor)"""
 
     # meta-test (Algorithm 2)
     eval_interval: int | None = None
@@ -261,7 +261,9 @@ def seed_everything(seed: int, iteration: int, purpose: str) -> int:
 
 def told(env, task: np.ndarray, kind: str, num_steps: int, device) -> torch.Tensor:
     """The label e of tasks (ids [E]) for every agent at every step: [n, num_steps, E, label_dim]."""
-    table = {"one-hot": env.tasks.labels, "parameters": env.tasks.parameters, "none": np.zeros((len(env.tasks), 1))}
+    code = np.sign(np.random.default_rng(7).standard_normal((len(env.tasks), 64)))  # drawn once and for all
+    table = {"one-hot": env.tasks.labels, "code": code}
+    table |= {"parameters": env.tasks.parameters, "none": np.zeros((len(env.tasks), 1))}
     label = torch.as_tensor(table[kind][task], dtype=torch.float32, device=device)  # [E, label_dim]
     return label.expand(env.num_agents, num_steps, *label.shape)
 
@@ -406,7 +408,8 @@ def meta_test(args, env, actor, iteration: int, device, curve: bool) -> list[dic
     """
     env_seed = seed_everything(args.seed, iteration, "meta-test")
     num_steps, num_envs = env.max_episode_steps, env.num_envs
-    tested = env.tasks.train if args.task_label == "one-hot" else env.tasks.test  # held-out tasks have no one-hot
+    named = args.task_label in ("one-hot", "code")  # held-out tasks have no name that the agents could have learnt
+    tested = env.tasks.train if named else env.tasks.test
     task = np.resize(tested, num_envs)  # spread evenly
     z = told(env, task, args.task_label, num_steps, device)
     rows = []

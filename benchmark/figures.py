@@ -25,9 +25,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ORACLE, FLOOR = "task_given", "task_given none"
+ORACLE, FLOOR, CODE = "task_given", "task_given none", "task_given code"
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = {"mg2l_mappo": "#D55E00", "ma_pearl": "#009E73", "mix_mate": "#CC79A7", ORACLE: "#0072B2", FLOOR: "#777777"}
+COLOURS[CODE] = "#56B4E9"  # told as many numbers as z has
 
 
 def read(run: Path) -> list[dict]:

@@ -2,6 +2,7 @@
 
     python benchmark/throughput.py            # environments against the libraries' own classes, about a minute
     python benchmark/throughput.py --scripts  # and whole runs of mg2l_mappo.py and task_given.py, minutes more
+    python benchmark/throughput.py --scripts --env-id magent_gather --total-timesteps 20000
 
 Environments are measured in steps (all agents act once) per second of CPU time: a batch of 32 copies, with all that
 `step` does, against one environment as the library makes it, with as many agents, on the same task where the library
@@ -14,7 +15,7 @@ import argparse
 import contextlib
 import importlib
 import io
-import resource
+import os
 import statistics
 import subprocess
 import sys
@@ -191,18 +192,25 @@ def compare(env_id: str) -> str:
 
 def run_script(script: str, env_id: str, total_timesteps: int) -> tuple[float, float]:
     """Wall seconds and peak memory (MiB) of one run as a user starts it."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, open(Path(folder, "log"), "w+") as log:
         command = [sys.executable, str(ROOT / script), "--env-id", env_id, "--run-dir", folder]
+        command += ["--total-timesteps", str(total_timesteps)]
         begun = time.perf_counter()
-        subprocess.run([*command, "--total-timesteps", str(total_timesteps)], check=True, capture_output=True)
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)  # usage of this process alone
+        process.returncode = os.waitstatus_to_exitcode(status)
         seconds = time.perf_counter() - begun
-    return seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+        if process.returncode:
+            log.seek(0)
+            sys.exit(f"{' '.join(command[1:])} failed: {log.read().splitlines()[-1:]}")
+    return seconds, usage.ru_maxrss / 1024
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scripts", action="store_true", help="time whole runs of the scripts as well")
     parser.add_argument("--total-timesteps", type=int, default=100_000, help="length of these runs")
+    parser.add_argument("--env-id", nargs="+", default=SCRIPT_ENVS, choices=envs.ENV_IDS, help="what they run on")
     args = parser.parse_args()
 
     rate = "steps/CPU-s"
@@ -214,7 +222,7 @@ def main() -> None:
         print(
             f"\n{'script, ' + format(args.total_timesteps, ',') + ' steps':32} {'steps/s':>8} {'seconds':>8} {'MiB':>6}"
         )
-        for env_id in SCRIPT_ENVS:
+        for env_id in args.env_id:
             scripts = ("mg2l_mappo.py", "task_given.py")
             rounds = [[run_script(script, env_id, args.total_timesteps) for script in scripts] for _ in range(3)]
             for k, script in enumerate(scripts):

@@ -287,3 +287,20 @@ def test_throughput_says_in_a_line_what_is_missing(throughput, monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     line = throughput.compare("spread_target")
     assert re.fullmatch(r"spread_target +not measured: mpe2.* is missing, pip install .*benchmark.* brings it", line)
+
+
+def test_throughput_of_scripts_is_that_of_each_alone(throughput, tmp_path, monkeypatch):
+    (tmp_path / "large.py").write_text("held = b'x' * 1000 * 2**20")
+    (tmp_path / "small.py").write_text("print('fine')")
+    (tmp_path / "broken.py").write_text("raise SystemExit('out of luck')")
+    lines = ["import pathlib, throughput", f"throughput.ROOT = pathlib.Path({str(tmp_path)!r})"]
+    lines += [f"print(*throughput.run_script('{name}.py', 'hunting_target', 100))" for name in ("large", "small")]
+    # in a process of its own, since what this one holds counts until the child has begun its own program
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmark")])
+    process = [sys.executable, "-c", "\n".join(lines)]
+    done = subprocess.run(process, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    (seconds, large), (_, small) = (map(float, line.split()) for line in done.stdout.splitlines())
+    assert large > 1000 > small + 200 and seconds > 0
+    monkeypatch.setattr(throughput, "ROOT", tmp_path)
+    with pytest.raises(SystemExit, match="broken.py --env-id hunting_target .* failed: .*out of luck"):
+        throughput.run_script("broken.py", "hunting_target", 100)

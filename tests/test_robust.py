@@ -677,7 +677,7 @@ ANY = {
     "bptt_steps": st.integers(1, 2 * EPISODE),
     "decoded_steps": st.integers(1, 1000),
     "reset_per_episode": st.booleans(),
-    "task_label": st.sampled_from(["one-hot", "parameters", "none"]),
+    "task_label": st.sampled_from(["one-hot", "code", "parameters", "none"]),
 }
 
 

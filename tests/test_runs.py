@@ -429,6 +429,15 @@ def test_load_agents(script, trained):
     env.step(agents.act(obs, z))
 
 
+def test_code_tells_tasks_apart_and_nothing_else():
+    env = envs.make("hunting_target", 1)
+    code = task_given.told(env, np.array([0, 1, 2, 1]), "code", 5, "cpu")  # [n, T, E, 64]
+    assert code.shape == (env.num_agents, 5, 4, 64) and (code.abs() == 1).all()
+    assert (code == code[:1, :1]).all() and (code[:, :, 1] == code[:, :, 3]).all()
+    differ = (code[0, 0, :3, None] != code[0, 0, None, :3]).sum(-1)  # [tasks, tasks]
+    assert (differ.fill_diagonal_(32) > 16).all()
+
+
 @every_script
 def test_load_agents_refuses(script, tmp_path):
     with pytest.raises(ValueError, match="checkpoint.pt: got no file"):
