@@ -1110,7 +1110,7 @@ def restore(modules: dict, saved: dict, path) -> None:
                 if any(v.dim() and v.shape != p.shape for v in state.values()):
                     raise ValueError
         except (KeyError, RuntimeError, ValueError):
-            raise ValueError(f"{path}: got {name} of another shape, expected that of its own arguments") from None
+            raise ValueError(f"{path}: got {name} that does not fit, expected that of its own arguments") from None
 
 
 def load_agents(run: str | Path) -> SimpleNamespace:
@@ -1233,7 +1233,8 @@ if __name__ == "__main__":
     if saved:
         try:
             restore(networks, saved["networks"], run)
-            restore(optimizers, copy.deepcopy(saved["optimizers"]), run)  # they would go on in its tensors
+            if not evaluate_only:
+                restore(optimizers, copy.deepcopy(saved["optimizers"]), run)  # they would go on in its tensors
         except ValueError as error:
             fail(str(error))
         buffer.data, start = saved["context"].to(device), saved["iteration"]

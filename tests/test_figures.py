@@ -184,3 +184,34 @@ def test_aggregate_by_hand(tmp_path, monkeypatch, capsys):
     assert float(rows["task_given"][2].split()[0]) == pytest.approx((0 + 0.75) / 2, abs=0.13)
     assert (tmp_path / "aggregate.svg").read_text().startswith("<?xml")
     assert len(np.unique(np.asarray(Image.open(tmp_path / "aggregate.png")).reshape(-1, 4), axis=0)) > 20
+
+
+def test_run_that_is_shipped(finished, tmp_path, monkeypatch, capsys):
+    """It says what the run says, and cannot be trained on."""
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    for name in ("mg2l_1", "given_1"):
+        script, out = {"m": "mg2l_mappo", "g": "task_given"}[name[0]], tmp_path / "out" / name
+        command(monkeypatch, ROOT / "benchmark" / "ship.py", finished / name, out)
+        assert (out / "checkpoint.pt").stat().st_size < (finished / name / "checkpoint.pt").stat().st_size / 1.5
+        assert str(tmp_path) not in (out / "args.json").read_text()
+        for run in (finished / name, out):
+            with pytest.raises(SystemExit) as stopped:
+                command(monkeypatch, ROOT / f"{script}.py", "--meta-test", run)
+            assert not stopped.value.code
+        assert (out / "meta_test_only.csv").read_bytes() == (finished / name / "meta_test_only.csv").read_bytes()
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            command(monkeypatch, ROOT / f"{script}.py", "--resume", out, "--total-timesteps", 9000)
+        assert stopped.value.code == 2 and "got actor that does not fit" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        command(monkeypatch, ROOT / "benchmark" / "ship.py", tmp_path, tmp_path / "none")
+    assert stopped.value.code == 2 and not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("env_id", ["hunting_target", "spread_target"])
+def test_runs_in_the_results_can_be_watched(env_id):
+    import mg2l_mappo
+
+    agents = mg2l_mappo.load_agents(ROOT / "benchmark" / "results" / env_id)
+    actions = agents.act(agents.env.reset(seed=0)[0], agents.prior(num_envs=1))
+    assert agents.args.env_id == env_id and agents.env.step(actions)[1].shape == (1, agents.env.num_agents)
