@@ -55,6 +55,7 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "eval_interval":   (50_000, 50_000, 500_000, 200_000, 50_000, 100_000),
     "decoded_steps":   (3200, 3200, 3200, 3200, 1600, 400),
     "share_policy":    (False, False, False, False, False, True),
+    "eval_sample":     (False, False, False, False, True, False),  # there the mode of a policy runs in circles
 }
 # fmt: on
 
@@ -147,8 +148,8 @@ class Args:
     """exploration episodes of a meta-test run, K"""
     test_episodes: int = 4
     """all episodes of a meta-test run (the paper's N)"""
-    eval_sample: bool = False
-    """sample the actions after exploration instead of taking the mode"""
+    eval_sample: bool | None = None
+    """sample the actions after exploration instead of taking the mode (default: on rware_layout only)"""
     reset_per_episode: bool = False
     """strict MATE: forget at the start of each episode, so that exploration teaches nothing"""
 
@@ -750,7 +751,7 @@ def write_videos(args, actor, encoder, folder: Path, iteration: int, device) -> 
             memory.append(past[:, first_episode(data.ended)[:, 0], 0].transpose(0, 1))
             recalled = None if args.reset_per_episode else recall(encoder, [torch.cat(memory)])
         given = (actor, encoder, np.array([task]), env_seed, recalled)
-        rollout_recurrent(env, *given, greedy=True, frames=posterior_frames)
+        rollout_recurrent(env, *given, greedy=not args.eval_sample, frames=posterior_frames)
         pictures = []
         for pair in list(zip(*frames.values(), strict=True))[::2]:  # every second step
             picture = Image.fromarray(np.concatenate([np.pad(p, ((24, 0), (4, 4), (0, 0))) for p in pair], axis=1))

@@ -50,6 +50,7 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "total_timesteps": (500_000, 500_000, 5_000_000, 2_000_000, 500_000, 1_000_000),
     "eval_interval":   (50_000, 50_000, 500_000, 200_000, 50_000, 100_000),
     "share_policy":    (False, False, False, False, False, True),
+    "eval_sample":     (False, False, False, False, True, False),  # there the mode of a policy runs in circles
 }
 # fmt: on
 
@@ -128,8 +129,8 @@ class Args:
     """exploration episodes of a meta-test run, on the prior (the paper's K)"""
     test_episodes: int = 4
     """all episodes of a meta-test run (the paper's N)"""
-    eval_sample: bool = False
-    """sample the actions after exploration instead of taking the mode"""
+    eval_sample: bool | None = None
+    """sample the actions after exploration instead of taking the mode (default: on rware_layout only)"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -454,7 +455,7 @@ def write_videos(args, actor, folder: Path, iteration: int, device) -> None:
         env_seed = seed_everything(args.seed, iteration, "video") + int(task)
         frames = []
         z = told(env, np.array([task]), args.task_label, env.max_episode_steps, device)
-        rollout(env, actor, np.array([task]), z, env_seed, greedy=True, frames=frames)
+        rollout(env, actor, np.array([task]), z, env_seed, greedy=not args.eval_sample, frames=frames)
         pictures = [Image.fromarray(frame) for frame in frames[::2]]  # every second step
         name = folder / f"task_{task}.gif"
         pictures[0].save(name, save_all=True, append_images=pictures[1:], duration=100, loop=0)

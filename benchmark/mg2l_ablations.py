@@ -93,6 +93,7 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "context_copies":  (40, 40, 1, 1, 1, 1),
     "context_interval": (5, 5, 1, 5, 2, 2),
     "share_policy":    (False, False, False, False, False, True),
+    "eval_sample":     (False, False, False, False, True, False),  # there the mode of a policy runs in circles
 }
 # fmt: on
 
@@ -223,8 +224,8 @@ class Args:
     """exploration episodes of a meta-test run, on the prior (the paper's K)"""
     test_episodes: int = 4
     """all episodes of a meta-test run (the paper's N)"""
-    eval_sample: bool = False
-    """sample the actions after exploration instead of taking the mode"""
+    eval_sample: bool | None = None
+    """sample the actions after exploration instead of taking the mode (default: on rware_layout only)"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -975,7 +976,7 @@ def write_videos(args, actor, encoder, folder: Path, iteration: int, device) -> 
             memory.append(transitions(data, actor)[first_episode(data.ended)[:, 0], 0])
         posterior = infer(encoder, [torch.cat(memory)], args.inference_size, args.rollout_contexts, args.latent_dim)
         z = draw_z(*posterior, num_steps)
-        rollout(env, actor, np.array([task]), z, env_seed, greedy=True, frames=posterior_frames)
+        rollout(env, actor, np.array([task]), z, env_seed, greedy=not args.eval_sample, frames=posterior_frames)
         pictures = []
         for pair in list(zip(*frames.values(), strict=True))[::2]:  # every second step
             picture = Image.fromarray(np.concatenate([np.pad(p, ((24, 0), (4, 4), (0, 0))) for p in pair], axis=1))
