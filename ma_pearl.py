@@ -349,8 +349,11 @@ class ContextBuffer:
 
     def add(self, episodes: torch.Tensor) -> None:
         """episodes [N, k, T, n, transition_dim]; the oldest go when the buffer is full."""
-        old = [] if self.data is None else [self.data]
-        self.data = torch.cat([*old, episodes], 1)[:, -self.capacity :].contiguous()
+        episodes = episodes[:, -self.capacity :]
+        if self.data is not None:
+            too_many = max(0, self.data.shape[1] + episodes.shape[1] - self.capacity)
+            episodes = torch.cat([self.data[:, too_many:], episodes], 1)
+        self.data = episodes.contiguous()
 
     def sample(self, task: torch.Tensor, context_size: int, num_episodes: int) -> torch.Tensor:
         """For task indices [Q]: contexts [Q, n, B, transition_dim], B steps each, the same for all agents."""

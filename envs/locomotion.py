@@ -89,7 +89,7 @@ class LocomotionEnv(MetaVectorEnv):
         # no view into MuJoCo's memory is kept: it would be cut off in a deep copy, such as SuperSuit makes
         rows = np.concatenate([part for data in self.data for part in (data.qpos, data.qvel)])
         self.physics = rows.reshape(self.num_envs, -1)  # [E, nq + nv]
-        self.pos, self.vel = np.split(self.physics, [self.models[0].nq], axis=1)
+        self.pos, self.vel = self.physics[:, : self.models[0].nq], self.physics[:, self.models[0].nq :]
         sound = (np.abs(self.physics) < mujoco.mjMAXVAL).all(1)  # [E]; a NaN is not
         if not sound.all():
             k = int(sound.argmin())
@@ -100,9 +100,10 @@ class LocomotionEnv(MetaVectorEnv):
         """One step of the physics under actions [E, n, act_dim]: forward velocity [E] and their |a|^2 [E]."""
         torque = actions.reshape(self.num_envs, -1).astype(np.float32)  # [E, motor]
         before = self.pos[:, 0].copy()
+        models, step, nstep = self.models, mujoco.mj_step, self.frame_skip
         for data, own, task in zip(self.data, torque, self.task.tolist(), strict=True):
             data.ctrl[:] = own
-            mujoco.mj_step(self.models[task], data, nstep=self.frame_skip)
+            step(models[task], data, nstep)
         self._read()
         return (self.pos[:, 0] - before) / self.dt, np.square(torque).sum(1)  # the sum in float32, as Gymnasium's
 
@@ -110,7 +111,7 @@ class LocomotionEnv(MetaVectorEnv):
         return np.repeat(reward.astype(np.float32)[:, None], self.num_agents, axis=1)  # [E, n]
 
     def _observe(self):
-        vel = np.clip(self.vel, -self.max_speed, self.max_speed)
+        vel = np.clip(self.vel, -self.max_speed, self.max_speed) if np.isfinite(self.max_speed) else self.vel
         self._whole = np.concatenate([self.pos[:, 1:], vel], axis=1, dtype=np.float32)  # [E, state_dim]
         return self._whole[:, self.seen]
 

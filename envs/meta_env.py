@@ -165,17 +165,17 @@ class MetaVectorEnv:
     def _check_actions(self, actions: np.ndarray) -> np.ndarray:
         space = self.single_action_space
         shape = (self.num_envs, self.num_agents, *space.shape)
-        kind, name = (np.floating, "floats") if isinstance(space, gym.spaces.Box) else (np.integer, "integers")
+        kinds, name = ("f", "floats") if isinstance(space, gym.spaces.Box) else ("iu", "integers")
         try:
             actions = np.asarray(actions)
         except ValueError:
             raise ValueError(f"actions: got lists of several lengths, expected {name} of shape {shape}") from None
-        if actions.shape != shape or not np.issubdtype(actions.dtype, kind):
+        if actions.shape != shape or actions.dtype.kind not in kinds:
             raise ValueError(f"actions: got {actions.dtype} of shape {actions.shape}, expected {name} of shape {shape}")
         if isinstance(space, gym.spaces.Box):
             if not np.isfinite(actions).all():
                 raise ValueError("actions: got NaN or infinity, expected finite numbers")
-            return np.clip(actions.astype(np.float64), space.low, space.high)
+            return np.minimum(np.maximum(actions.astype(np.float64), space.low), space.high)
         if actions.min() < 0 or actions.max() >= space.n:
             raise ValueError(f"actions: got {actions.min()} to {actions.max()}, expected 0 to {space.n - 1}")
         return actions
