@@ -87,19 +87,20 @@ def main() -> None:
     better, better_interval = library.get_interval_estimates(pairs, metrics.probability_of_improvement, reps=2000)
 
     figure, axes = plt.subplots(1, 2, figsize=(9, 2.6), sharey=True)
-    print(
-        "| script | seeds x settings | interquartile mean of scores | probability that MG2L is better |\n"
-        + "|---" * 4
-        + "|"
-    )
+    head = ("script", "seeds x settings", "interquartile mean of scores", "probability that MG2L is better")
+    print("| " + " | ".join([*head, "standard deviation over seeds"]) + " |")
+    print("|---" * 5 + "|")
     for k, script in enumerate(scores):
         cells = [script, "{} x {}".format(*scores[script].shape)]
         cells.append(mark(axes[0], k, COLOURS[script], means[script], intervals[script], len(scores[script])))
+        cells.append("")
         if script != "mg2l_mappo":
             pair = f"mg2l_mappo,{script}"
             seeds = min(len(scores["mg2l_mappo"]), len(scores[script]))
-            cells.append(mark(axes[1], k, COLOURS[script], better[pair], better_interval[pair], seeds))
-        print("| " + " | ".join([*cells, ""][:4]) + " |")
+            cells[-1] = mark(axes[1], k, COLOURS[script], better[pair], better_interval[pair], seeds)
+        several = len(scores[script]) > 1
+        cells.append(f"{np.std(scores[script], axis=0, ddof=1).mean():.2f}" if several else "")
+        print("| " + " | ".join(cells) + " |")
     axes[0].set_yticks(range(len(scores)), list(scores))
     axes[0].invert_yaxis()
     axes[0].set(xlabel="interquartile mean, 0 = floor, 1 = oracle")

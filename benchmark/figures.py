@@ -5,8 +5,8 @@
 Writes into --out meta_test.csv (one tidy row per run, step, task and phase), curves.png and .svg (Fig. 6) and
 adaptation.png and .svg (Fig. 7), and prints a Markdown table: the last evaluation of every script and environment, mean
 and 95 % bootstrap interval over seeds, and the gap closed, (R - R_floor) / (R_oracle - R_floor), where runs of
-task_given.py give both. A single seed has no interval. Runs that are not finished are named
-and left out. The columns commit and hardware are those of where this command ran, not of the runs.
+task_given.py give both; then the means of adaptation.png. A single seed has no interval. Runs that are not finished are
+named and left out. The columns commit and hardware are those of where this command ran, not of the runs.
 """
 
 import argparse
@@ -137,7 +137,7 @@ def main() -> None:
         writer.writeheader()
         writer.writerows(row | dict(commit=commit, hardware=hardware) for row in rows)
 
-    settings = sorted({row["setting"] for row in rows})
+    settings, adaptation = sorted({row["setting"] for row in rows}), []
     head = ("setting", "script", "seeds", "exploration (prior)", "after inference (posterior)", "gap closed")
     print("| " + " | ".join([*head, "CL accuracy of z^i", "probe", "seconds"]) + " |")
     print("|---" * 9 + "|")
@@ -165,11 +165,15 @@ def main() -> None:
             steps = sorted({row["step"] for row in own})
             curve = [by_seed(own, "return", step=step, phase="posterior") for step in steps]
             draw(axis, [step / 1000 for step in steps], curve, script, COLOURS[script])
-            begun = sorted({row["context_steps"] for row in own if row["phase"] == "curve"})
+            begun = {row["context_steps"] for row in own if row["phase"] == "curve"}
+            begun = sorted(x for x in begun if str(x).rstrip("0") in ("", "1", "2", "5"))  # not where episodes ended early
             for each, key in ((return_axis, "return"), (accuracy_axis, "accuracy")):
                 curve = [by_seed(own, key, phase="curve", context_steps=steps) for steps in begun]
                 if all(curve):
                     draw(each, begun, curve, script, COLOURS[script])
+                if key == "return":
+                    points = [f"{steps}: {np.mean(values):.1f}" for steps, values in zip(begun, curve, strict=True)]
+                    adaptation.append(f"| {setting} | {script} | {', '.join(points)} |")
         axis.set_title(setting, fontsize=9)
         axis.set(xlabel="environment steps (thousands)", ylabel="meta-test return (posterior)")
         return_axis.set_title(setting, fontsize=9)
@@ -181,6 +185,8 @@ def main() -> None:
         axis.set_visible(axis.has_data())
     save(learning, args.out / "curves.png")
     save(adapting, args.out / "adaptation.png")
+    print("\n| setting | script | return of an episode after so many transitions of exploration |\n" + "|---" * 3 + "|")
+    print("\n".join(adaptation))
 
 
 if __name__ == "__main__":

@@ -179,7 +179,8 @@ def test_aggregate_by_hand(tmp_path, monkeypatch, capsys):
     rows = {cells[0]: cells[1:] for cells in table_of(printed)}
     # (8 - 0) / 10 and (-60 + 90) / 20, two seeds each: 0.8, 0.8, 1.5, 1.5, of which the middle two count
     assert rows["mg2l_mappo"][:2] == ["2 x 2", "1.15 [1.15, 1.15]"]
-    assert rows["ma_pearl"] == ["1 x 2", "0.05 (one seed)", "1.00 (one seed)"]
+    assert rows["ma_pearl"] == ["1 x 2", "0.05 (one seed)", "1.00 (one seed)", ""]
+    assert rows["mg2l_mappo"][3] == "0.00"
     # better than the oracle on b alone, where it is better than one seed and level with none of the other
     assert float(rows["task_given"][2].split()[0]) == pytest.approx((0 + 0.75) / 2, abs=0.13)
     assert (tmp_path / "aggregate.svg").read_text().startswith("<?xml")
