@@ -3,9 +3,9 @@
     python benchmark/aggregate.py                          # of benchmark/results/meta_test.csv
 
 Reads the table that benchmark/figures.py writes. A score is the return after inference at the end of a run, 0 at the
-mean of the floor's runs and 1 at the oracle's on the same setting. Settings without both, or whose oracle is not above
-its floor, are left out, and so are methods that lack one of the rest: all are named. Each method counts with as many
-seeds on every setting as it has on the one where it has fewest. Intervals are 95 %, stratified bootstrap.
+mean of the floor's runs and 1 at the oracle's on the same setting. Settings without both, or whose oracle is not
+clearly above its floor, are left out, and so are methods that lack one of the rest: all are named. Each method counts
+with as many seeds on every setting as it has on the one where it has fewest. Intervals are 95 %, stratified bootstrap.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from figures import COLOURS, FLOOR, ORACLE, by_seed
+from figures import COLOURS, FLOOR, ORACLE, by_seed, clearly_above
 from rliable import library, metrics
 
 
@@ -39,8 +39,8 @@ def normalised(returns: dict) -> tuple[dict[str, np.ndarray], list[str]]:
     for setting, by_script in returns.items():
         if not {ORACLE, FLOOR} <= set(by_script):
             left_out.append(f"{setting}: no runs of oracle and floor")
-        elif np.mean(by_script[ORACLE]) <= np.mean(by_script[FLOOR]):
-            left_out.append(f"{setting}: the oracle is not above the floor")
+        elif not clearly_above(by_script[ORACLE], by_script[FLOOR]):
+            left_out.append(f"{setting}: the oracle is not clearly above the floor")
         else:
             settings.append(setting)
     for script in COLOURS:

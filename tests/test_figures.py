@@ -75,7 +75,16 @@ def test_gap_closed_by_hand():
 
 
 def test_no_gap_to_close_where_the_oracle_is_not_above_the_floor():
-    assert figures["gap_closed"]([1.0, 1.0], [-2.0, -2.0], [-1.0, -1.0]) == "none: the oracle is not above the floor"
+    assert (
+        figures["gap_closed"]([1.0, 1.0], [-2.0, -2.0], [-1.0, -1.0])
+        == "none: the oracle is not clearly above the floor"
+    )
+
+
+def test_clearly_above_means_by_more_than_the_seeds_differ():
+    above = figures["clearly_above"]
+    assert above([-30.0, -32.0, -37.0], [-38.0, -40.0, -43.0]) and above([1.0], [0.0])
+    assert not above([-69.0, -63.0, -66.0], [-68.0, -71.0, -64.0])
 
 
 def test_interval_of_one_seed_has_no_interval():
@@ -174,7 +183,7 @@ def test_aggregate_by_hand(tmp_path, monkeypatch, capsys):
     table = ["--table", tmp_path / "meta_test.csv", "--out", tmp_path]
     command(monkeypatch, ROOT / "benchmark" / "aggregate.py", *table)
     printed = capsys.readouterr().out
-    assert "left out: c: the oracle is not above the floor" in printed
+    assert "left out: c: the oracle is not clearly above the floor" in printed
     assert "left out: d: no runs of oracle and floor" in printed and "left out: mix_mate: no run on a, b" in printed
     rows = {cells[0]: cells[1:] for cells in table_of(printed)}
     # (8 - 0) / 10 and (-60 + 90) / 20, two seeds each: 0.8, 0.8, 1.5, 1.5, of which the middle two count
