@@ -47,7 +47,10 @@ def test_table_and_figures_of_finished_runs(finished, tmp_path, monkeypatch, cap
     command(monkeypatch, ROOT / "benchmark" / "figures.py", *sorted(finished.iterdir()), "--out", tmp_path / "out")
     printed = capsys.readouterr().out
     assert f"not finished, left out: {finished / 'none_2'}" in printed
-    table = {cells[2].strip(): cells for line in printed.splitlines() if (cells := line.split("|"))[1:]}
+    lines = [line.split("|") for line in printed.splitlines()]
+    table = {cells[2].strip(): cells for cells in lines if len(cells) == 11}
+    curve = next(cells[3] for cells in lines if len(cells) == 5 and cells[2].strip() == "mg2l_mappo")
+    assert [point.split(":")[0].strip() for point in curve.split(",")] == ["0", "10", "20", "50", "100"]
     assert set(table) >= {"mg2l_mappo", "task_given", "task_given none"}
     assert table["task_given"][3].strip() == "2" and "[" in table["task_given"][5]
     assert "(one seed)" in table["mg2l_mappo"][5] and "a single seed" in table["mg2l_mappo"][6]
