@@ -53,7 +53,8 @@ def test_table_and_figures_of_finished_runs(finished, tmp_path, monkeypatch, cap
     assert [point.split(":")[0].strip() for point in curve.split(",")] == ["0", "10", "20", "50", "100"]
     assert set(table) >= {"mg2l_mappo", "task_given", "task_given none"}
     assert table["task_given"][3].strip() == "2" and "[" in table["task_given"][5]
-    assert "(one seed)" in table["mg2l_mappo"][5] and "a single seed" in table["mg2l_mappo"][6]
+    assert "(one seed)" in table["mg2l_mappo"][5]
+    assert "a single seed" in table["mg2l_mappo"][6] or "not clearly above" in table["mg2l_mappo"][6]
 
     with open(tmp_path / "out" / "meta_test.csv") as file:
         rows = list(csv.DictReader(file))
