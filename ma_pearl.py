@@ -65,7 +65,7 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "context_copies":  (40, 40, 1, 1, 1, 1),
     "context_interval": (5, 5, 1, 5, 2, 2),
     "share_policy":    (False, False, False, False, False, True),
-    "eval_sample":     (False, False, False, False, True, False),  # there the mode of a policy runs in circles
+    "eval_sample":     (False, False, False, False, True, False),
 }
 # fmt: on
 
@@ -169,7 +169,7 @@ class Args:
     test_episodes: int = 4
     """all episodes of a meta-test run (the paper's N)"""
     eval_sample: bool | None = None
-    """sample the actions after exploration instead of taking the mode (default: on rware_layout only)"""
+    """after exploration, sample actions instead of taking the mode (default: on rware_layout, where it gets stuck)"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------

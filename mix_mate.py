@@ -55,7 +55,7 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "eval_interval":   (50_000, 50_000, 500_000, 200_000, 50_000, 100_000),
     "decoded_steps":   (3200, 3200, 3200, 3200, 1600, 400),
     "share_policy":    (False, False, False, False, False, True),
-    "eval_sample":     (False, False, False, False, True, False),  # there the mode of a policy runs in circles
+    "eval_sample":     (False, False, False, False, True, False),
 }
 # fmt: on
 
@@ -149,7 +149,7 @@ class Args:
     test_episodes: int = 4
     """all episodes of a meta-test run (the paper's N)"""
     eval_sample: bool | None = None
-    """sample the actions after exploration instead of taking the mode (default: on rware_layout only)"""
+    """after exploration, sample actions instead of taking the mode (default: on rware_layout, where it gets stuck)"""
     reset_per_episode: bool = False
     """strict MATE: forget at the start of each episode, so that exploration teaches nothing"""
 

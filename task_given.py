@@ -50,7 +50,7 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "total_timesteps": (500_000, 500_000, 5_000_000, 2_000_000, 500_000, 1_000_000),
     "eval_interval":   (50_000, 50_000, 500_000, 200_000, 50_000, 100_000),
     "share_policy":    (False, False, False, False, False, True),
-    "eval_sample":     (False, False, False, False, True, False),  # there the mode of a policy runs in circles
+    "eval_sample":     (False, False, False, False, True, False),
 }
 # fmt: on
 
@@ -130,7 +130,7 @@ class Args:
     test_episodes: int = 4
     """all episodes of a meta-test run (the paper's N)"""
     eval_sample: bool | None = None
-    """sample the actions after exploration instead of taking the mode (default: on rware_layout only)"""
+    """after exploration, sample actions instead of taking the mode (default: on rware_layout, where it gets stuck)"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
