@@ -698,7 +698,8 @@ def valid_arguments(draw):
     flags = ["--env-id", env_id, *(["--env-kwargs", *env_kwargs] if env_kwargs else [])]
     for name, value in drawn.items():
         flag = name.replace("_", "-")
-        switch = isinstance(value, bool) and name != "share_policy"  # that takes a value, since it may be None
+        may_be_none = name in ("share_policy", "eval_sample")  # and so takes a value
+        switch = isinstance(value, bool) and not may_be_none
         flags += [f"--{'' if value else 'no-'}{flag}"] if switch else [f"--{flag}", value]
     return script, flags
 
