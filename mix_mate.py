@@ -684,12 +684,12 @@ def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) ->
     memory = [torch.zeros(0, n, len(encoder.mean), device=device) for _ in range(num_envs)]  # each [S, n, dim]
     rows = []
 
-    def record(phase, episode, seen, data, recalled=None):  # seen: for each copy the transitions it recalled
+    def record(phase, episode, seen, returns, recalled=None):  # seen: for each copy the transitions it recalled
         probe = torch.full((num_envs,), torch.nan)
         if recalled is not None:
             mean, std = mean_and_std(recalled[0][None])
             _, probe = inference_accuracy(mean, std, task_on_device, "dot")  # CL accuracy is for contrastive methods
-        table = torch.stack([episodic_return(data).cpu(), probe.cpu()], 1).tolist()
+        table = torch.stack([returns.cpu(), probe.cpu()], 1).tolist()
         for run, (episodic, probe) in enumerate(table):
             probe = "" if math.isnan(probe) else probe
             rows.append(dict(run=run, task=int(task[run]), episode=episode, phase=phase, context_steps=len(seen[run])))
@@ -703,11 +703,12 @@ def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) ->
         lived = [past[:, kept[:, e], e].transpose(0, 1) for e in range(num_envs)]
         memory = lived if strict else [torch.cat(both) for both in zip(memory, lived, strict=True)]
         recalled = recall(encoder, memory)
-        record("prior", episode, [()] * num_envs, data)
+        record("prior", episode, [()] * num_envs, episodic_return(data))
+        del data, past, lived  # each as large as all that is remembered
     test = dict(recalled=None if strict else recalled, greedy=not args.eval_sample)
     for episode in range(args.explore_episodes, args.test_episodes):
-        data = rollout_recurrent(env, actor, encoder, task, env_seed + episode, **test)
-        record("posterior", episode, memory, data, recalled)
+        returns = episodic_return(rollout_recurrent(env, actor, encoder, task, env_seed + episode, **test))
+        record("posterior", episode, memory, returns, recalled)
     if curve:
         env_seed = seed_everything(args.seed, iteration, "curve")
         longest = max(len(transitions) for transitions in memory)
@@ -715,8 +716,8 @@ def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) ->
             begun = [transitions[:steps] for transitions in memory]
             recalled = recall(encoder, begun)
             test["recalled"] = None if strict else recalled
-            data = rollout_recurrent(env, actor, encoder, task, env_seed, **test)
-            record("curve", args.test_episodes, begun, data, recalled)
+            returns = episodic_return(rollout_recurrent(env, actor, encoder, task, env_seed, **test))
+            record("curve", args.test_episodes, begun, returns, recalled)
     return rows
 
 
@@ -1104,6 +1105,7 @@ if __name__ == "__main__":
         # the rest is bookkeeping
         global_step = iteration_steps(args, train_env, iteration + 1)
         metrics["charts/episodic_return"] = episodic_return(data).mean()
+        del data, past  # evaluation needs the memory
         for name in [name for name, value in metrics.items() if value.dim()]:  # one value per agent
             metrics[f"{name}_worst"], metrics[name] = metrics[name].min(), metrics[name].mean()
         values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()

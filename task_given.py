@@ -415,22 +415,22 @@ def meta_test(args, env, actor, iteration: int, device, curve: bool) -> list[dic
     z = told(env, task, args.task_label, num_steps, device)
     rows = []
 
-    def record(phase, episode, context_steps, data):
-        for run, episodic in enumerate(episodic_return(data).tolist()):
+    def record(phase, episode, context_steps, returns):
+        for run, episodic in enumerate(returns.tolist()):
             rows.append(dict(run=run, task=int(task[run]), episode=episode, phase=phase, context_steps=context_steps))
             rows[-1] |= {"return": episodic, "accuracy": "", "probe": ""}
 
     for episode in range(args.explore_episodes):
-        record("prior", episode, 0, rollout(env, actor, task, z, env_seed + episode))
+        record("prior", episode, 0, episodic_return(rollout(env, actor, task, z, env_seed + episode)))
     for episode in range(args.explore_episodes, args.test_episodes):
-        data = rollout(env, actor, task, z, env_seed + episode, greedy=not args.eval_sample)
-        record("posterior", episode, args.explore_episodes * num_steps, data)
+        returns = episodic_return(rollout(env, actor, task, z, env_seed + episode, greedy=not args.eval_sample))
+        record("posterior", episode, args.explore_episodes * num_steps, returns)
     if curve:
         env_seed = seed_everything(args.seed, iteration, "curve")
         longest = args.explore_episodes * num_steps
-        data = rollout(env, actor, task, z, env_seed, greedy=not args.eval_sample)
+        returns = episodic_return(rollout(env, actor, task, z, env_seed, greedy=not args.eval_sample))
         for steps in [0, *(m * 10**k for k in range(1, 6) for m in (1, 2, 5) if m * 10**k <= longest)]:
-            record("curve", args.test_episodes, steps, data)
+            record("curve", args.test_episodes, steps, returns)
     return rows
 
 
@@ -783,6 +783,7 @@ if __name__ == "__main__":
         # the rest is bookkeeping
         global_step = iteration_steps(args, train_env, iteration + 1)
         metrics["charts/episodic_return"] = episodic_return(data).mean()
+        del data  # evaluation needs the memory
         for name in [name for name, value in metrics.items() if value.dim()]:  # one value per agent
             metrics[f"{name}_worst"], metrics[name] = metrics[name].min(), metrics[name].mean()
         values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
