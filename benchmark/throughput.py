@@ -3,19 +3,28 @@
     python benchmark/throughput.py            # environments against the libraries' own classes, about a minute
     python benchmark/throughput.py --scripts  # and whole runs of mg2l_mappo.py and task_given.py, minutes more
     python benchmark/throughput.py --scripts --env-id magent_gather --total-timesteps 20000
+    python benchmark/throughput.py --phases   # where the time of all four scripts goes, and what it is worth
 
 Environments are measured in steps (all agents act once) per second of CPU time: a batch of 32 copies, with all that
 `step` does, against one environment as the library makes it, with as many agents, on the same task where the library
 has tasks; random actions, resets included. "physics" is the engine alone: no observations, rewards or resets. The three
 are measured in turn, three times; medians count, and the ratio is the median of three ratios. Scripts are measured in
 wall time from start to end, evaluation included, in turn, three times, on the threads PyTorch takes by default.
+
+A phase is what a script logs as time/...: rollout (context collection and the posteriors to act on included), PPO,
+encoder (its warm-up included); evaluation, start and checkpoints are the rest. A phase's arithmetic is that of the
+matrix products, which PyTorch's FlopCounterMode counts in a second run of the same length. Its rate is given as a share
+of what one large matrix product reaches on as many threads, the best of ten before the run and ten after it.
 """
 
 import argparse
+import collections
 import contextlib
 import importlib
 import io
+import json
 import os
+import runpy
 import statistics
 import subprocess
 import sys
@@ -25,12 +34,17 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import envs
 
 ROOT = Path(__file__).parents[1]
 COPIES, STEPS, LIBRARY_STEPS, ROUNDS = 32, 1000, 4000, 3
 SETTINGS = {"hopper_param": {"factors": [(1, 1, 1, 1)] * 2}}  # the library's hopper; elsewhere the defaults
+SCRIPTS = ("mg2l_mappo.py", "ma_pearl.py", "mix_mate.py", "task_given.py")
 SCRIPT_ENVS = ("hunting_target", "spread_target")
 
 
@@ -206,12 +220,91 @@ def run_script(script: str, env_id: str, total_timesteps: int) -> tuple[float, f
     return seconds, usage.ru_maxrss / 1024
 
 
+def product_rate(threads: int) -> float:
+    """GFLOP/s of a large matrix product in float32, the best of ten."""
+    torch.set_num_threads(threads)
+    a, b = torch.randn(2, 2048, 2048)
+    seconds = []
+    for _ in range(10):
+        begun = time.perf_counter()
+        a @ b
+        seconds.append(time.perf_counter() - begun)
+    return 2 * 2048**3 / min(seconds) / 1e9
+
+
+PHASE_OF = {"update_mappo": "ppo", "update_encoder": "encoder", "meta_test": "eval"}  # all else is rollout
+
+
+def count(script: str, flags: list[str]) -> None:
+    """Run a script in this process and print as JSON the FLOP of each phase."""
+    flop, inside = collections.Counter(), []  # the phases that are being run, the outermost first
+
+    def watch(frame, event, _):
+        name = frame.f_code.co_name
+        if event in ("call", "return") and name in PHASE_OF and frame.f_code.co_filename.endswith(script):
+            total = counter.get_total_flops()
+            flop[inside[0] if inside else "rollout"] += total - sum(flop.values())
+            inside.append(PHASE_OF[name]) if event == "call" else inside.pop()
+
+    sys.argv = [script, *flags]
+    plain = sdpa_kernel(SDPBackend.MATH)  # attention as products that are counted
+    with plain, FlopCounterMode(display=False) as counter, contextlib.redirect_stdout(io.StringIO()):
+        sys.setprofile(watch)
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+        sys.setprofile(None)
+    flop["rollout"] += counter.get_total_flops() - sum(flop.values())
+    print(json.dumps(flop))
+
+
+def phases(script: str, env_id: str, total_timesteps: int, threads: int) -> str:
+    """A row of the table: of each phase seconds, share, GFLOP, and its rate over that of a large matrix product."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = ["--env-id", env_id, "--total-timesteps", str(total_timesteps), "--num-threads", str(threads)]
+        before = product_rate(threads)
+        run = [sys.executable, str(ROOT / script), *flags, "--run-dir", f"{folder}/timed"]
+        begun = time.perf_counter()
+        done = subprocess.run(run, capture_output=True, text=True)
+        whole = time.perf_counter() - begun
+        if done.returncode:
+            sys.exit(f"{' '.join(run[1:])} failed: {done.stderr.splitlines()[-1:]}")
+        rate = max(before, product_rate(threads))
+        code = "import sys, throughput; throughput.count(sys.argv[1], sys.argv[2:])"
+        run = [sys.executable, "-c", code, script, *flags, "--run-dir", f"{folder}/counted"]
+        environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "benchmark"), str(ROOT)])}
+        counted = subprocess.run(run, check=True, capture_output=True, text=True, env=environ).stdout
+        flop = json.loads(counted.splitlines()[-1])
+        (timed,) = Path(folder, "timed").iterdir()
+        events = EventAccumulator(str(timed))
+        events.Reload()
+        steps = events.Scalars("charts/SPS")[-1].step
+        logged = [name for name in ("rollout", "ppo", "encoder") if f"time/{name}" in events.Tags()["scalars"]]
+        seconds = {name: events.Scalars(f"time/{name}")[-1].value for name in logged}
+    rest = whole - sum(seconds.values())
+    cells = [script, env_id, f"{ours(env_id)[0]:,.0f}", f"{steps / whole:,.0f}", f"{whole:.0f}"]
+    for name in ("rollout", "ppo", "encoder"):
+        value, gflop = seconds.get(name, 0), flop.get(name, 0) / 1e9
+        share = f"{value:.1f} s, {value / whole:.0%}"
+        cells.append(f"{share}, {gflop:,.0f} GFLOP, {gflop / value / rate:.2f}" if value else "-")
+    return "| " + " | ".join([*cells, f"{rest:.1f} s, {rest / whole:.0%}", f"{rate:.0f}"]) + " |"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scripts", action="store_true", help="time whole runs of the scripts as well")
     parser.add_argument("--total-timesteps", type=int, default=100_000, help="length of these runs")
     parser.add_argument("--env-id", nargs="+", default=SCRIPT_ENVS, choices=envs.ENV_IDS, help="what they run on")
+    parser.add_argument("--phases", action="store_true", help="where the time goes, instead of all else")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch, for --phases")
     args = parser.parse_args()
+
+    if args.phases:
+        columns = ["script", "environment", "environment alone, steps/CPU-s", "steps/s", "s"]
+        columns += ["rollout", "PPO", "encoder", "evaluation and rest", "matrix product, GFLOP/s"]
+        print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+        for env_id in args.env_id:
+            for script in SCRIPTS:
+                print(phases(script, env_id, args.total_timesteps, args.threads), flush=True)
+        return
 
     rate = "steps/CPU-s"
     print(f"{'environment':16} {rate} {'physics':>11}  {'against':30} {rate} {'ratio':>6}")
