@@ -131,7 +131,8 @@ def tsne(args) -> None:
                 axis.scatter(*flat[label == t].T, s=5, color=MANY[t], label=f"task {task}")
         dots = dict(handles=axes[0, k].get_legend_handles_labels()[0], markerscale=2, handletextpad=0, columnspacing=1)
         axes[-1, k].legend(**dots, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=5, fontsize=6)
-    save(figure, args.out / "tsne", f"t-SNE, {args.contexts} contexts per task")
+    env_id = agents.args.env_id
+    save(figure, args.out / f"tsne_{env_id}", f"t-SNE on {env_id}, {args.contexts} contexts per task")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

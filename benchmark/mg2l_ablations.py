@@ -916,11 +916,11 @@ def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) ->
     memory = [torch.zeros(0, n, len(encoder.mean), device=device) for _ in range(num_envs)]  # each [S, n, dim]
     rows = []
 
-    def record(phase, episode, seen, data, posterior=None):  # seen: for each copy the transitions it inferred from
+    def record(phase, episode, seen, returns, posterior=None):  # seen: for each copy the transitions it inferred from
         accuracy = probe = torch.full((num_envs,), torch.nan)
         if posterior is not None:
             accuracy, probe = inference_accuracy(*posterior, task_on_device, args.similarity)
-        table = torch.stack([episodic_return(data).cpu(), accuracy.cpu(), probe.cpu()], 1).tolist()
+        table = torch.stack([returns.cpu(), accuracy.cpu(), probe.cpu()], 1).tolist()
         for run, (episodic, *accuracies) in enumerate(table):
             accuracy, probe = ("" if math.isnan(a) else a for a in accuracies)
             rows.append(dict(run=run, task=int(task[run]), episode=episode, phase=phase, context_steps=len(seen[run])))
@@ -929,22 +929,26 @@ def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) ->
     for episode in range(args.explore_episodes):  # lines 1 to 7
         z = torch.randn(n, num_steps, num_envs, args.latent_dim, device=device)  # line 3
         data = rollout(env, actor, task, z, env_seed + episode)
+        record("prior", episode, [()] * num_envs, episodic_return(data))
         lived, kept = transitions(data, actor), first_episode(data.ended)  # [T, E, n, transition_dim], [T, E]
-        memory = [torch.cat([old, lived[kept[:, e], e]]) for e, old in enumerate(memory)]
-        record("prior", episode, [()] * num_envs, data)
+        del data  # as large as what is kept of it
+        for e in range(num_envs):
+            memory[e] = torch.cat([memory[e], lived[kept[:, e], e]])
+        del lived
     posterior = infer(encoder, memory, args.inference_size, args.rollout_contexts, args.latent_dim)  # lines 6 and 10
     for episode in range(args.explore_episodes, args.test_episodes):  # lines 8 to 13
         z = draw_z(*posterior, num_steps)
-        data = rollout(env, actor, task, z, env_seed + episode, greedy=not args.eval_sample)
-        record("posterior", episode, memory, data, posterior)
+        returns = episodic_return(rollout(env, actor, task, z, env_seed + episode, greedy=not args.eval_sample))
+        record("posterior", episode, memory, returns, posterior)
     if curve:
         env_seed = seed_everything(args.seed, iteration, "curve")
         longest = max(len(transitions) for transitions in memory)
         for steps in [0, *(m * 10**k for k in range(1, 6) for m in (1, 2, 5) if m * 10**k <= longest)]:
             begun = [transitions[:steps] for transitions in memory]
             posterior = infer(encoder, begun, args.inference_size, args.rollout_contexts, args.latent_dim)
-            data = rollout(env, actor, task, draw_z(*posterior, num_steps), env_seed, greedy=not args.eval_sample)
-            record("curve", args.test_episodes, begun, data, posterior if steps else None)
+            z = draw_z(*posterior, num_steps)
+            returns = episodic_return(rollout(env, actor, task, z, env_seed, greedy=not args.eval_sample))
+            record("curve", args.test_episodes, begun, returns, posterior if steps else None)
     return rows
 
 
@@ -1385,6 +1389,7 @@ if __name__ == "__main__":
         # the rest is bookkeeping
         global_step = iteration_steps(args, train_env, iteration + 1)
         metrics["charts/episodic_return"] = episodic_return(data).mean()
+        del data, experience  # evaluation needs the memory
         for name, posterior in posteriors.items():  # of the contexts that the rollout acted on
             metrics[f"charts/cl_accuracy_{name}"] = cl_accuracy(contrast(args, *posterior, num_tasks), every)
         for name in [name for name, value in metrics.items() if value.dim()]:  # one value per agent

@@ -162,7 +162,7 @@ def test_tsne(runs, tmp_path, monkeypatch, capsys):
     of = [Path(line.split(":")[0]).name for line in lines]
     assert of == ["hunting"] * 4 + ["ablation"] * 4 + ["pearl"] * 4 + ["mate"] * 3
     assert all(-1 <= numbers(line)[0] <= 1 and 0 <= numbers(line)[1] <= 1 for line in lines)
-    check_figure(tmp_path / "tsne")
+    check_figure(tmp_path / "tsne_hunting_target")
 
 
 def test_tsne_of_tasks_that_are_apart(runs, tmp_path, monkeypatch, capsys):
