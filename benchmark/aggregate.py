@@ -63,7 +63,7 @@ def mark(axis, line: int, colour: str, mean, interval, seeds: int) -> str:
     axis.plot([mean], [line], "o", color=colour)
     if seeds < 2:
         return f"{mean:.2f} (one seed)"
-    axis.plot([low, high], [line, line], color=colour, linewidth=6, alpha=0.4)
+    axis.plot([low, high], [line, line], color=colour, linewidth=6, alpha=0.4, solid_capstyle="butt")
     return f"{mean:.2f} [{low:.2f}, {high:.2f}]"
 
 

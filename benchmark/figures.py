@@ -15,7 +15,7 @@ import json
 import os
 import platform
 import subprocess
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -29,6 +29,8 @@ ORACLE, FLOOR, CODE = "task_given", "task_given none", "task_given code"
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = {"mg2l_mappo": "#D55E00", "ma_pearl": "#009E73", "mix_mate": "#CC79A7", ORACLE: "#0072B2", FLOOR: "#777777"}
 COLOURS[CODE] = "#56B4E9"  # told as many numbers as z has
+AS_PRINTED = "mg2l_mappo tables"  # with the flags of Tables I to III
+COLOURS[AS_PRINTED] = "#E69F00"
 
 
 def read(run: Path) -> list[dict]:
@@ -38,6 +40,8 @@ def read(run: Path) -> list[dict]:
     oracle_label = "parameters" if args["env_id"] == "hopper_param" else "one-hot"
     if args.get("task_label", oracle_label) != oracle_label:
         script += f" {args['task_label']}"
+    if script == "mg2l_mappo" and (args["local_loss"], args["encoder_blocks"], args["kl_coef"]) == ("cmi", 2, 0.1):
+        script = AS_PRINTED
     setting = " ".join([args["env_id"], *args["env_kwargs"]])
     with open(run / "meta_test.csv") as file:
         rows = list(csv.DictReader(file))
@@ -46,8 +50,10 @@ def read(run: Path) -> list[dict]:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     speed = events.Scalars("charts/SPS")[-1]
-    groups = defaultdict(list)
+    groups, left = defaultdict(list), Counter(row["context_steps"] for row in rows if row["phase"] == "curve")
     for row in rows:
+        if row["phase"] == "curve" and left[row["context_steps"]] < max(left.values()):
+            continue  # some episodes have ended before: the rest would be those that went well
         begun = int(row["context_steps"]) if row["phase"] == "curve" else ""
         groups[int(row["step"]), int(row["task"]), row["phase"], begun].append(row)
     tidy = []
@@ -102,10 +108,10 @@ def by_seed(rows: list[dict], key: str, **where) -> list[float]:
     return [float(np.mean(v)) for v in values.values()]
 
 
-def draw(axis, x: list, curve: list[list[float]], name: str, colour: str) -> None:
+def draw(axis, x: list, curve: list[list[float]], name: str, colour: str, style: str = "-") -> None:
     """Mean and 95 % bootstrap interval over seeds; a single seed is drawn without one."""
     count = f"{len(curve[0])} seeds" if len(curve[0]) > 1 else "one seed"
-    axis.plot(x, [np.mean(values) for values in curve], color=colour, label=f"{name} ({count})")
+    axis.plot(x, [np.mean(values) for values in curve], color=colour, linestyle=style, label=f"{name} ({count})")
     if len(curve[0]) > 1:
         rng = np.random.default_rng(0)
         band = [np.percentile(resample(values, rng), [2.5, 97.5]) for values in curve]
@@ -114,7 +120,8 @@ def draw(axis, x: list, curve: list[list[float]], name: str, colour: str) -> Non
 
 def save(figure, path: Path) -> None:
     figure.suptitle("mean over seeds, 95 % bootstrap interval", fontsize=9)
-    figure.tight_layout()
+    if figure.get_layout_engine() is None:
+        figure.tight_layout(rect=(0, 0, 1, 1 - 0.25 / figure.get_figheight()))  # below the title
     for suffix in (".png", ".svg"):
         figure.savefig(path.with_suffix(suffix), dpi=110, metadata={"Date": None} if suffix == ".svg" else None)
 
@@ -147,7 +154,7 @@ def main() -> None:
     head = ("setting", "script", "seeds", "exploration (prior)", "after inference (posterior)", "gap closed")
     print("| " + " | ".join([*head, "CL accuracy of z^i", "probe", "seconds"]) + " |")
     print("|---" * 9 + "|")
-    columns, lines = min(3, len(settings)), -(-len(settings) // 3)  # three settings side by side
+    columns, lines = min(2, len(settings)), -(-len(settings) // 2)  # two settings side by side
     learning, axes = plt.subplots(lines, columns, figsize=(4.5 * columns, 4.2 * lines), squeeze=False)
     adapting, more_axes = plt.subplots(2 * lines, columns, figsize=(4.5 * columns, 6.6 * lines), squeeze=False)
     for k, setting in enumerate(settings):
@@ -172,7 +179,7 @@ def main() -> None:
             curve = [by_seed(own, "return", step=step, phase="posterior") for step in steps]
             draw(axis, [step / 1000 for step in steps], curve, script, COLOURS[script])
             begun = {row["context_steps"] for row in own if row["phase"] == "curve"}
-            begun = sorted(x for x in begun if str(x).rstrip("0") in ("", "1", "2", "5"))  # no early end of an episode
+            begun = sorted(begun)
             for each, key in ((return_axis, "return"), (accuracy_axis, "accuracy")):
                 curve = [by_seed(own, key, phase="curve", context_steps=steps) for steps in begun]
                 known = [(steps, values) for steps, values in zip(begun, curve, strict=True) if values]
@@ -184,11 +191,11 @@ def main() -> None:
         axis.set_title(setting, fontsize=9)
         axis.set(xlabel="environment steps (thousands)", ylabel="meta-test return (posterior)")
         return_axis.set_title(setting, fontsize=9)
-        return_axis.set(ylabel="return of an episode")
+        return_axis.set(xlabel="context (steps of exploration)", ylabel="return of an episode")
         accuracy_axis.set(xlabel="context (steps of exploration)", ylabel="CL accuracy of z^i")
         for each in (axis, return_axis):
-            below = dict(loc="upper left", bbox_to_anchor=(0, -0.2), ncols=2, frameon=False)
-            each.legend(fontsize=7, **below)
+            below = dict(loc="upper left", bbox_to_anchor=(-0.2, -0.2), ncols=2, frameon=False)
+            each.legend(fontsize=7.5, columnspacing=1, **below)
     for axis in [*axes.flat, *more_axes.flat]:
         axis.set_visible(axis.has_data())
     save(learning, args.out / "curves.png")

@@ -69,6 +69,17 @@ def test_table_and_figures_of_finished_runs(finished, tmp_path, monkeypatch, cap
         assert (tmp_path / "out" / f"{name}.svg").read_text().startswith("<?xml")
 
 
+def test_points_that_not_all_episodes_reached_are_left_out(finished):
+    """Else the episodes that went well would be compared with all."""
+    file = finished / "mg2l_1" / "meta_test.csv"
+    lines = file.read_text().splitlines(keepends=True)
+    where = lines[0].strip().split(",").index("context_steps")
+    at = [k for k, line in enumerate(lines) if ",curve," in line and line.split(",")[where] == "50"]
+    before = {row["context_steps"] for row in figures["read"](finished / "mg2l_1")}
+    file.write_text("".join(line for k, line in enumerate(lines) if k != at[-1]))
+    assert before - {row["context_steps"] for row in figures["read"](finished / "mg2l_1")} == {50}
+
+
 def test_gap_closed_by_hand():
     gap = figures["gap_closed"]
     assert gap([-80.0, -80.0], [-60.0, -60.0], [-160.0, -160.0]) == "0.80 [0.80, 0.80]"
@@ -141,20 +152,34 @@ def test_figures_of_ablations(ablated, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert f"not finished, left out: {ablated / 'local_1'}" in printed
     rows = {(cells[0], cells[1]): cells[2:] for cells in table_of(printed)}
-    assert len(rows) == 1 + 4 + 4 + 4 + 3  # the head, and each variant of each figure
-    assert rows["fig12_schemes", "MG2L"][1] == rows["local_losses", "infonce (default)"][1] == "2"
-    assert "[" in rows["fig12_schemes", "MG2L"][3]
-    assert rows["fig12_schemes", "CSTL (consistency)"][1] == "1" and "(one seed)" in rows["local_losses", "kl"][3]
+    assert len(rows) == 1 + 4 + 5 + 4  # the head, and each variant of each figure
+    assert rows["fig12_schemes", "MG2L (infonce)"][1] == rows["fig11_global_losses", "MG2L (contrast)"][1] == "2"
+    assert "[" in rows["fig12_schemes", "MG2L (infonce)"][3]
+    assert rows["fig12_schemes", "CSTL (kl)"][1] == "1" and "(one seed)" in rows["fig12_schemes", "CSTL (kl)"][3]
     assert rows["fig12_schemes", "Local-Only"][1:4] == ["0", "no run", "no run"]
-    assert rows["fig13_aggregators", "PIA"][1] == "0"  # which is compared at another context size
+    assert rows["fig13_aggregators", "PIA, contexts of 64"][1] == "0"  # which is compared at another context size
     with open(ablated / "kl_1" / "meta_test.csv") as file:
         last = [row for row in csv.DictReader(file) if row["phase"] == "posterior"]
     last = [float(row["return"]) for row in last if row["step"] == last[-1]["step"]]
-    assert float(rows["local_losses", "kl"][3].split()[0]) == pytest.approx(np.mean(last), abs=0.06)
-    for name in ("fig11_global_losses", "fig12_schemes", "fig13_aggregators", "local_losses"):
+    assert float(rows["fig12_schemes", "CSTL (kl)"][3].split()[0]) == pytest.approx(np.mean(last), abs=0.06)
+    means = [float(rows["fig12_schemes", name][3].split()[0]) for name in ("MG2L (infonce)", "CSTL (kl)")]
+    difference, _, note = rows["fig12_schemes", "CSTL (kl)"][4].partition(" ")
+    assert float(difference) == pytest.approx(means[0] - means[1], abs=0.11) and note == "(a single seed among them)"
+    with open(tmp_path / "out" / "ablations.csv") as file:
+        tidy = list(csv.DictReader(file))
+    assert {row["flags"] for row in tidy} >= {"", "--local-loss kl"}
+    for name in ("fig11_global_losses", "fig12_schemes", "fig13_aggregators"):
         pixels = np.asarray(Image.open(tmp_path / "out" / f"{name}.png").convert("RGB"))
         assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 20
         assert (tmp_path / "out" / f"{name}.svg").read_text().startswith("<?xml")
+
+
+def test_difference_by_hand(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    difference = runpy.run_path(str(ROOT / "benchmark" / "ablation_figures.py"))["difference"]
+    assert difference([5.0, 5.0], [3.0, 3.0]) == "2.0 [2.0, 2.0]"
+    assert difference([4.0, 6.0], [3.0, 3.0]) == "2.0 [1.0, 3.0]"
+    assert difference([5.0], [3.0, 4.0]) == "1.5 (a single seed among them)"
 
 
 def test_table_of_variants(ablated, monkeypatch, capsys):
