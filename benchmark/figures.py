@@ -1,12 +1,15 @@
 """Tables and figures of finished runs, from their folders alone.
 
     python benchmark/figures.py runs/* --out benchmark/results
+    python benchmark/figures.py benchmark/results/meta_test.csv --out elsewhere    # again, from the table it wrote
+    python benchmark/figures.py benchmark/results/meta_test.csv runs/*             # the same and more runs
 
-Writes into --out meta_test.csv (one tidy row per run, step, task and phase), curves.png and .svg (Fig. 6) and
-adaptation.png and .svg (Fig. 7), and prints a Markdown table: the last evaluation of every script and environment, mean
-and 95 % bootstrap interval over seeds, and the gap closed, (R - R_floor) / (R_oracle - R_floor), where runs of
-task_given.py give both; then the means of adaptation.png. A single seed has no interval. Runs that are not finished are
-named and left out. The columns commit and hardware are those of where this command ran, not of the runs.
+A run replaces what was given before it of the same script, setting and seed, and says so. Writes into --out
+meta_test.csv (one tidy row per run, step, task and phase), curves.png and .svg (Fig. 6) and adaptation.png and .svg
+(Fig. 7), and prints a Markdown table: the last evaluation of every script and environment, mean and 95 % bootstrap
+interval over seeds, and the gap closed, (R - R_floor) / (R_oracle - R_floor), where runs of task_given.py give both;
+then the means of adaptation.png. A single seed has no interval. Runs that are not finished are named and left out. The
+columns commit and hardware are those of where a run was first read, not of the run.
 """
 
 import argparse
@@ -65,6 +68,18 @@ def read(run: Path) -> list[dict]:
             new[key] = round(float(np.mean(values)), 4) if values else ""
         tidy.append(new | dict(wall_seconds=round(speed.step / speed.value), threads=args["num_threads"]))
     return tidy
+
+
+def read_table(path: Path) -> dict[tuple, list[dict]]:
+    """Tidy rows that this command has written before, by script, setting and seed."""
+    by_run = defaultdict(list)
+    with open(path) as file:
+        for row in csv.DictReader(file):
+            row |= {key: int(row[key]) for key in ("seed", "step", "task", "wall_seconds", "threads")}
+            row |= {key: float(row[key]) for key in ("return", "accuracy", "probe") if row[key]}
+            row["context_steps"] = int(row["context_steps"]) if row["context_steps"] else ""
+            by_run[row["script"], row["setting"], row["seed"]].append(row)
+    return by_run
 
 
 def resample(values: list[float], rng) -> np.ndarray:
@@ -128,27 +143,35 @@ def save(figure, path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("runs", nargs="+", type=Path, help="run folders, and tables written by this command")
     parser.add_argument("--out", type=Path, default=Path("benchmark/results"), help="folder to write into")
     args = parser.parse_args()
-    rows = []
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    where = dict(commit=commit, hardware=f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}")
+    by_run = {}
     for run in args.runs:
-        new = read(run)
-        if not new:
+        if run.suffix == ".csv":
+            new = read_table(run)
+        elif not (of_run := read(run)):
             print(f"not finished, left out: {run}")
-        elif new[0]["script"] not in COLOURS:
-            print(f"a run of {new[0]['script']}, which these figures do not show, left out: {run}")
             continue
-        rows += new
+        elif of_run[0]["script"] not in COLOURS:
+            print(f"a run of {of_run[0]['script']}, which these figures do not show, left out: {run}")
+            continue
+        else:
+            name = tuple(of_run[0][key] for key in ("script", "setting", "seed"))
+            new = {name: [row | where for row in of_run]}
+        for name in by_run.keys() & new.keys():
+            print(f"{run}: in place of what was given before of {', '.join(map(str, name))}")
+        by_run |= new
+    rows = [row for of_run in by_run.values() for row in of_run]
     if not rows:
         parser.error("got no finished run, expected at least one")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    hardware = f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}"
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "meta_test.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, [*rows[0], "commit", "hardware"])
+        writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
-        writer.writerows(row | dict(commit=commit, hardware=hardware) for row in rows)
+        writer.writerows(rows)
 
     settings, adaptation = sorted({row["setting"] for row in rows}), []
     head = ("setting", "script", "seeds", "exploration (prior)", "after inference (posterior)", "gap closed")

@@ -69,6 +69,32 @@ def test_table_and_figures_of_finished_runs(finished, tmp_path, monkeypatch, cap
         assert (tmp_path / "out" / f"{name}.svg").read_text().startswith("<?xml")
 
 
+def test_a_table_goes_on_with_more_runs(finished, tmp_path, monkeypatch, capsys):
+    """The rows it wrote before say the same as the run folders, and a new run takes the place of its like."""
+
+    def printed(*given, out):
+        capsys.readouterr()
+        command(monkeypatch, ROOT / "benchmark" / "figures.py", *given, "--out", tmp_path / out)
+        return capsys.readouterr().out
+
+    folders = [finished / name for name in RUNS]
+    whole, table = printed(*folders, out="whole"), tmp_path / "whole" / "meta_test.csv"
+    assert printed(table, out="again") == whole
+    assert (tmp_path / "again" / "meta_test.csv").read_bytes() == table.read_bytes()
+    printed(*folders[:2], out="part")
+    assert printed(tmp_path / "part" / "meta_test.csv", *folders[2:], out="again") == whole
+    assert (tmp_path / "again" / "meta_test.csv").read_bytes() == table.read_bytes()
+
+    args = json.loads((folders[1] / "args.json").read_text())
+    (folders[2] / "args.json").write_text(json.dumps(args))  # of seed 2, and says it is of seed 1
+    out = printed(table, folders[2], out="again")
+    assert f"{folders[2]}: in place of what was given before of task_given, hunting_target, 1" in out
+    with open(tmp_path / "again" / "meta_test.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["script"] == "task_given"]
+    returns = {seed: [row["return"] for row in rows if row["seed"] == seed] for seed in "12"}
+    assert returns["1"] == returns["2"]
+
+
 def test_points_that_not_all_episodes_reached_are_left_out(finished):
     """Else the episodes that went well would be compared with all."""
     file = finished / "mg2l_1" / "meta_test.csv"
