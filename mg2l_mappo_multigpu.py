@@ -71,9 +71,12 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "inference_size":  (200, 200, 512, 512, 200, 128),
     "encoder_dim":     (96, 96, 64, 64, 64, 64),
     "encoder_learning_rate": (7e-5, 1e-4, 2e-4, 3e-4, 2e-4, 2e-4),
-    "context_sets":    (48, 96, 6, 3, 4, 2),
+    "context_sets":    (32, 96, 6, 3, 4, 2),
     "rollout_contexts": (8, 8, 8, 2, 8, 2),
-    "rollout_context_size": (200, 32, 512, 512, 200, 128),
+    "rollout_context_size": (200, 200, 512, 512, 200, 128),
+    "rollout_context_episodes": (64, 64, 2, 2, 2, 2),
+    "critic_context_size": (64, 200, 512, 128, 64, 128),
+    "local_temperature": (128.0, 128.0, 16.0, 16.0, 16.0, 16.0),
     "encoder_updates": (2, 5, 5, 10, 5, 5),
     "warmup_episodes": (1500, 2000, 10, 2, 20, 4),
     "warmup_updates":  (300, 1200, 200, 200, 300, 60),
@@ -198,6 +201,8 @@ class Args:
     """similarity of two representations in the contrastive losses"""
     temperature: float = 16.0
     """the similarity is divided by it: the higher, the softer the comparison"""
+    local_temperature: float | None = None
+    """the same in L_L after the warm-up; where it is high, z^i decides for a task even when in doubt"""
     context_size: int | None = None
     """transitions in one context while the encoder learns, B"""
     inference_size: int | None = None
@@ -224,6 +229,10 @@ class Args:
     """contexts encoded per task before a rollout; each step picks one"""
     rollout_context_size: int | None = None
     """transitions in each of them: with few, policies meet doubtful z^i, as at meta-test; with many only clear ones"""
+    rollout_context_episodes: int | None = None
+    """episodes that each of them, and each context of the critic, is drawn from"""
+    critic_context_size: int | None = None
+    """transitions in one context while the critic learns"""
 
     # meta-test (Algorithm 2)
     eval_interval: int | None = None
@@ -335,14 +344,36 @@ class ValueNorm(nn.Module):
 # Multi-level task encoder (eq. 7)
 
 
+class AttentionBlock(nn.Module):
+    """Attention among L rows, then a perceptron of each, with a LayerNorm before and a residual around either.
+
+    As nn.TransformerEncoderLayer with norm_first, in half of its time: that fills arrays with zeros for its gradient.
+    LayerNorm has no scale and offset, since a linear layer follows, which has both.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query_key_value, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, dim))
+        nn.init.xavier_uniform_(self.query_key_value.weight)
+        for bias in (self.query_key_value.bias, self.out.bias):
+            nn.init.zeros_(bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [batch, L, dim] -> [batch, L, dim]"""
+        parts = self.query_key_value(F.layer_norm(x, x.shape[-1:])).unflatten(-1, (3, self.heads, -1))
+        q, k, v = (part.transpose(1, 2) for part in parts.unbind(2))  # each [batch, heads, L, dim / heads]
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return x + self.mlp(F.layer_norm(x, x.shape[-1:]))
+
+
 class PIA(nn.Module):
     """Permutation-invariant attention (eq. 26): attention blocks without positions, then one learnt query."""
 
     def __init__(self, dim: int, blocks: int, heads: int):
         super().__init__()
-        # LayerNorm before attention and MLP, residual around both
-        block = dict(dim_feedforward=dim, dropout=0.0, batch_first=True, norm_first=True)
-        self.blocks = nn.Sequential(*[nn.TransformerEncoderLayer(dim, heads, **block) for _ in range(blocks)])
+        self.blocks = nn.Sequential(*[AttentionBlock(dim, heads) for _ in range(blocks)])
         self.query = nn.Parameter(torch.randn(dim))  # Q
         self.key = nn.Linear(dim, dim, bias=False)  # W_k
         self.value = nn.Linear(dim, dim, bias=False)  # W_v
@@ -660,7 +691,7 @@ def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, va
     present, of_copy = task.unique(return_inverse=True)  # N' tasks; one context does for all copies on a task
     for epoch in range(args.update_epochs):
         # line 17: the critic and, through z, the global part of the encoder
-        context = buffer.sample(present, args.context_size, args.context_episodes)  # fresh in every epoch
+        context = buffer.sample(present, args.critic_context_size, args.rollout_context_episodes)  # new in each epoch
         z, _ = encoder.global_posterior(encoder.embed(context))  # [N', d], means: noise costs accuracy
         z = z.detach() + args.critic_coef * (z - z.detach())  # the same value, the gradient times critic_coef
         z = z[of_copy].expand(len(data.state), -1, -1)  # [T, E, d]
@@ -713,15 +744,16 @@ def contrast(args, mean, std, num_tasks: int) -> torch.Tensor:
     return score[..., other, :].unflatten(-2, (-1, len(sets) - 1))
 
 
-def update_encoder(args, encoder, buffer, num_tasks, optimizers) -> dict:
-    """One step on L_G + L_L (Algorithm 1, lines 17 and 19). Returns metrics, tensors."""
+def update_encoder(args, encoder, buffer, num_tasks, optimizers, local_temperature) -> dict:
+    """One step on L_G + L_L (Algorithm 1, lines 17 and 19), L_L at its own temperature. Returns metrics, tensors."""
     sets = args.context_sets // WORLD_SIZE  # each rank compares its own with each other
     label = torch.arange(num_tasks, device=buffer.data.device).repeat(sets)  # [Q], in a set one per task
     x = encoder.embed(buffer.sample(label, args.context_size, args.context_episodes))
     posteriors = [encoder.global_posterior(x), encoder.local_posterior(x)]  # [Q, d], [n, Q, d]
     scores = [contrast(args, *posterior, num_tasks) for posterior in posteriors]  # [(n,) Q, sets - 1, N]
     loss_g = global_loss(scores[0], label, *posteriors[0], args.kl_coef)
-    loss_l = local_loss(args.local_loss, *scores, label, *posteriors, args.kl_coef)
+    softer = scores[1] * (args.temperature / local_temperature)
+    loss_l = local_loss(args.local_loss, scores[0], softer, label, *posteriors, args.kl_coef)
     optimizers["phi_g"].zero_grad()
     optimizers["phi_l"].zero_grad()
     (loss_g + loss_l).backward()  # the two meet in no parameter
@@ -767,11 +799,13 @@ def infer(encoder, memory, context_size, num_contexts, latent_dim) -> tuple[torc
         else:
             omega = encoder.priorities(own).clamp(min=1e-12)  # [n, S]
             size = min(context_size, steps)
+            contexts = num_contexts if size < steps else 1  # those that hold all that is stored are the same
             # chooses where more is stored than a context holds
-            pick = torch.multinomial(omega.repeat_interleave(num_contexts, 0), size)  # [n * C, B], none twice
-            pick = pick.view(n, num_contexts * size, 1).expand(-1, -1, own.shape[-1])
-            context = own.gather(1, pick).unflatten(1, (num_contexts, size))  # [n, C, B, transition_dim]
+            pick = torch.multinomial(omega.repeat_interleave(contexts, 0), size)  # [n * C, B], none twice
+            pick = pick.view(n, contexts * size, 1).expand(-1, -1, own.shape[-1])
+            context = own.gather(1, pick).unflatten(1, (contexts, size))  # [n, C, B, transition_dim]
             mean, std = encoder.local_posterior(encoder.embed(context.transpose(0, 1)))  # [n, C, d]
+            mean, std = mean.expand(-1, num_contexts, -1), std.expand(-1, num_contexts, -1)
         means.append(mean.transpose(0, 1))
         stds.append(std.transpose(0, 1))
     return torch.stack(means, 2), torch.stack(stds, 2)
@@ -1267,7 +1301,7 @@ if __name__ == "__main__":
         if iteration == 0:
             now = time.perf_counter()
             for _ in range(args.warmup_updates):
-                update_encoder(args, encoder, buffer, num_tasks, optimizers)
+                update_encoder(args, encoder, buffer, num_tasks, optimizers, args.temperature)
             seconds["encoder"] += time.perf_counter() - now
             begun += time.perf_counter() - now
 
@@ -1276,7 +1310,7 @@ if __name__ == "__main__":
         task = torch.randint(num_tasks, (train_env.num_envs,), device=device)  # [E / ranks], index among the tasks
         with torch.no_grad():  # line 10: C contexts of every task
             every = torch.arange(num_tasks, device=device).repeat(args.rollout_contexts)  # [C * N]
-            context = buffer.sample(every, args.rollout_context_size, args.context_episodes)
+            context = buffer.sample(every, args.rollout_context_size, args.rollout_context_episodes)
             x = encoder.embed(context)  # [C * N, n, encoder_dim]
             posteriors = {"global": encoder.global_posterior(x), "local": encoder.local_posterior(x)}
             by_context = (args.rollout_contexts, num_tasks)
@@ -1300,7 +1334,8 @@ if __name__ == "__main__":
         now = time.perf_counter()
         seconds["ppo"] += now - begun
         begun = now
-        updates = [update_encoder(args, encoder, buffer, num_tasks, optimizers) for _ in range(args.encoder_updates)]
+        encoding = (args, encoder, buffer, num_tasks, optimizers, args.local_temperature)
+        updates = [update_encoder(*encoding) for _ in range(args.encoder_updates)]
         for name in updates[0] if updates else ():
             metrics[name] = torch.stack([update[name] for update in updates]).mean(0)
         seconds["encoder"] += time.perf_counter() - begun

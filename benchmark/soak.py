@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 ITERATIONS = dict(zip(envs.ENV_IDS, (7_000, 7_000, 400, 220, 3_000, 600), strict=True))
 SETTINGS = dict(num_envs=2, update_epochs=1, hidden_dim=32, warmup_episodes=1, warmup_updates=1, context_copies=1)
 SETTINGS |= dict(context_interval=1, encoder_updates=1, context_size=16, context_sets=2, rollout_contexts=2)
-SETTINGS |= dict(context_episodes=2, context_episode_steps=20)
+SETTINGS |= dict(context_episodes=2, rollout_context_episodes=2, context_episode_steps=20, critic_context_size=16)
 SETTINGS |= dict(inference_size=64, rollout_context_size=64, explore_episodes=1, test_episodes=2, num_threads=1)
 SETTINGS |= dict(checkpoint_minutes=1e9)
 GROWTH = 0.02

@@ -13,6 +13,7 @@ from mg2l_mappo import (
     PIA,
     Actor,
     AgentMLP,
+    AttentionBlock,
     Critic,
     TaskEncoder,
     ValueNorm,
@@ -130,19 +131,37 @@ def test_pia_is_equation_26():
             close(out[a, b], sum(w * (pia.value.weight @ row) for w, row in zip(weights, x[a, b], strict=True)))
 
 
-def test_attention_blocks_normalise_first_and_keep_a_residual():
+def test_attention_block_is_that_of_the_library():
+    """nn.TransformerEncoderLayer given the same weights, outputs and gradients."""
+    block, x = AttentionBlock(8, heads=2).double(), rand(3, 6, 8)
+    for p in block.parameters():  # biases begin at 0
+        p.data = rand(*p.shape)
+    library = torch.nn.TransformerEncoderLayer(8, 2, 8, dropout=0.0, batch_first=True, norm_first=True).double()
+    ours = [*block.query_key_value.parameters(), *block.out.parameters(), *block.mlp.parameters()]
+    theirs = [p for name, p in library.named_parameters() if "norm" not in name]
+    for a, b in zip(ours, theirs, strict=True):
+        b.data = a.data.clone()
+    for a, b in zip(ours, theirs, strict=True):
+        (of_ours,) = torch.autograd.grad(block(x).square().sum(), a)
+        (of_theirs,) = torch.autograd.grad(library(x).square().sum(), b)
+        close(of_ours, of_theirs)
+    close(block(x), library(x))
+
+
+def test_attention_block_starts_as_that_of_the_library():
+    torch.manual_seed(0)
+    block = AttentionBlock(64, heads=4)
+    library = torch.nn.TransformerEncoderLayer(64, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
+    ours = [*block.query_key_value.parameters(), *block.out.parameters(), *block.mlp.parameters()]
+    theirs = [p for name, p in library.named_parameters() if "norm" not in name]
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a == 0).all() == (b == 0).all()
+        assert abs(a.std() - b.std()) <= 0.2 * b.std()
+
+
+def test_pia_reads_what_its_blocks_leave():
     pia, x = PIA(8, blocks=2, heads=2).double(), rand(3, 6, 8)
-    expected = x
-    for block in pia.blocks:
-        attention, h = block.self_attn, F.layer_norm(expected, (8,), block.norm1.weight, block.norm1.bias)
-        q, k, v = (h @ attention.in_proj_weight.T + attention.in_proj_bias).chunk(3, -1)
-        heads = []
-        for part in (slice(0, 4), slice(4, 8)):
-            weights = (q[..., part] @ k[..., part].transpose(1, 2) / math.sqrt(4)).softmax(-1)
-            heads.append(weights @ v[..., part])
-        expected = expected + attention.out_proj(torch.cat(heads, -1))
-        h = F.layer_norm(expected, (8,), block.norm2.weight, block.norm2.bias)
-        expected = expected + block.linear2(F.relu(block.linear1(h)))
+    expected = pia.blocks[1](pia.blocks[0](x))
     close(pia(x)[1], pia.key(expected) @ pia.query / math.sqrt(8))
     close(pia(x)[0], PIA.forward(without_blocks(pia), expected)[0])
 

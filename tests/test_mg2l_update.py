@@ -76,7 +76,7 @@ def small(env, **changes):
     """Arguments, networks, optimizers and a full context buffer, all small, as the script makes them."""
     wanted = dict(num_envs=env.num_envs, hidden_dim=16, latent_dim=4, encoder_dim=8, encoder_heads=2, context_size=6)
     wanted |= dict(update_epochs=3, rollout_contexts=3, eval_copies=6, inference_size=7, context_sets=3)
-    wanted |= dict(context_episodes=2, temperature=16.0)
+    wanted |= dict(context_episodes=2, temperature=16.0, rollout_context_episodes=2, critic_context_size=6)
     known = {field.name for field in dataclasses.fields(mg2l.Args)}
     args = mg2l.Args(**{name: value for name, value in (wanted | changes).items() if name in known})
     nets = types.SimpleNamespace(**mg2l.build(args, env, CPU))
@@ -236,7 +236,7 @@ def test_fig_3_holds_in_the_updates_themselves(form, shared, monkeypatch):
     update(args, nets, optimizers, buffer, data, z_local, z_global, task)
     assert moved() == FIG_3["L_Q"] | FIG_3["L_pi"]
     before = {part: [p.detach().clone() for p in parameters] for part, parameters in parts_of(nets).items()}
-    mg2l.update_encoder(args, nets.encoder, buffer, 3, optimizers)
+    mg2l.update_encoder(args, nets.encoder, buffer, 3, optimizers, args.temperature)
     assert moved() == FIG_3["L_G"] | FIG_3["L_L"]
     assert {name: len(seen) for name, seen in found.items()} == {"L_Q": 3, "L_pi": 3, "L_G": 1, "L_L": 1}
     assert all(reached == FIG_3[name] for name, seen in found.items() for reached in seen)
@@ -489,7 +489,7 @@ def train_two_iterations(evaluate):
         data, z_local, z_global, task = experience(env, args, nets, 5, env_seed)
         mg2l.seed_everything(1, iteration, "update")
         update(args, nets, optimizers, buffer, data, z_local, z_global, task)
-        mg2l.update_encoder(args, nets.encoder, buffer, 3, optimizers)
+        mg2l.update_encoder(args, nets.encoder, buffer, 3, optimizers, args.temperature)
         if evaluate:
             before = [copy.deepcopy(net.state_dict()) for net in vars(nets).values()]
             mg2l.meta_test(args, eval_env, nets.actor, nets.encoder, iteration, CPU, curve=iteration == 0)
@@ -748,7 +748,7 @@ def test_encoder_update_contrasts_contexts_of_the_right_tasks(form, similarity, 
     contexts = spy_on(monkeypatch, nets.encoder, "embed")
     of_z, of_each = spy_on(monkeypatch, mg2l, "global_loss"), spy_on(monkeypatch, mg2l, "local_loss")
     similarities = spy_on(monkeypatch, mg2l, "similarity_scores")
-    metrics = mg2l.update_encoder(args, nets.encoder, buffer, 3, optimizers)
+    metrics = mg2l.update_encoder(args, nets.encoder, buffer, 3, optimizers, args.temperature)
     assert all(torch.isfinite(value).all() for value in metrics.values())
     assert all((call.kind, call.temperature) == (similarity, 2.0) for call in similarities)
     assert len(contexts) == 1
@@ -761,6 +761,19 @@ def test_encoder_update_contrasts_contexts_of_the_right_tasks(form, similarity, 
     tasks = torch.cat([c.context[:, 0, 0, 0] for c in contexts])
     assert all((c.context[..., 0] == c.context[:, :1, :1, 0]).all() for c in contexts)
     assert set(tasks.tolist()) == {0.0, 1.0, 2.0} and tasks[:num_queries].tolist() == call.label.tolist()
+
+
+def test_local_loss_has_a_temperature_of_its_own(monkeypatch):
+    env = make_env("hunting_target", 2)
+    args, nets, optimizers, buffer = small(env, temperature=2.0)
+    of_each, before = spy_on(monkeypatch, mg2l, "local_loss"), copy.deepcopy(nets.encoder.state_dict())
+    for temperature in (2.0, 10.0):
+        nets.encoder.load_state_dict(before)
+        torch.manual_seed(0)
+        mg2l.update_encoder(args, nets.encoder, buffer, 3, optimizers, temperature)
+    sharp, soft = of_each
+    close(soft.scores_local, sharp.scores_local / 5)
+    assert torch.equal(soft.scores_global, sharp.scores_global)
 
 
 @every_form
@@ -776,7 +789,7 @@ def test_encoder_learns_to_tell_tasks_apart(form):
         buffer.data = torch.randn_like(buffer.data)  # never the same experience again
         if step >= 60:  # nothing to be told before
             buffer.data[..., -1] += 4 * torch.arange(3.0)[:, None, None, None] - 4
-        told.append(mg2l.update_encoder(args, nets.encoder, buffer, 3, optimizers))
+        told.append(mg2l.update_encoder(args, nets.encoder, buffer, 3, optimizers, args.temperature))
     at_first, at_last = (
         {name: torch.stack([metrics[name].float().mean() for metrics in part]).mean().item() for name in told[0]}
         for part in (told[20:60], told[-20:])
@@ -822,9 +835,10 @@ def test_contexts_are_of_the_agents_own_copy_and_repeat_nothing(monkeypatch):
         assert len(calls) == 5
         for call, e in zip(calls, (0, 1, 2, 3, 5), strict=True):
             size = min(6, lengths[e])
-            assert call.context.shape == (4, 3, size, 7)
+            contexts = 4 if lengths[e] > size else 1  # all that is stored makes one context
+            assert call.context.shape == (contexts, 3, size, 7)
             assert (call.context[..., 1] == torch.arange(3.0)[:, None]).all() and (call.context[..., 2] == e).all()
-            for c in range(4):
+            for c in range(contexts):
                 for i in range(3):
                     steps = call.context[c, i, :, 0].long()
                     assert len(set(steps.tolist())) == size
@@ -832,6 +846,7 @@ def test_contexts_are_of_the_agents_own_copy_and_repeat_nothing(monkeypatch):
                 own = mg2l.to_gaussian(encoder.e_local(encoder.e_agg(encoder.e_tran(call.context[c]))[0][:, None]))
                 close(mean[c, :, e], own[0][:, 0])
                 close(std[c, :, e], own[1][:, 0])
+    assert torch.equal(mean[0, :, 1], mean[3, :, 1])  # one context for all
     longest = calls[-1].context[..., 0]  # contexts differ, and agents choose by themselves
     assert len({tuple(sorted(steps)) for steps in longest.flatten(0, 1).tolist()}) == 12
 
@@ -847,8 +862,9 @@ def test_contexts_are_drawn_by_priority(monkeypatch):
     share = torch.stack([(calls[0].context[:, :, 0, 0] == step).float().mean(0) for step in range(3)], 1)
     assert (share - omega).abs().max() < 4 * 0.5 / math.sqrt(4000)
     with torch.no_grad():  # a priority of zero is drawn where nothing else is left
-        infer(encoder, memory, 3, 2, 5)
-    assert torch.equal(calls[1].context[..., 0].sort(-1).values, torch.arange(3.0).expand(2, 3, 3))
+        infer(encoder, memory, 2, 50, 5)
+    chosen = calls[1].context[:, 2, :, 0].sort(-1).values
+    assert (chosen[:, 0] == 0).all() and set(chosen[:, 1].tolist()) == {1.0, 2.0}
 
 
 def test_inference_takes_the_priorities_of_everything_stored(monkeypatch):

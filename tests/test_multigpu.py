@@ -91,7 +91,7 @@ torch.randn_like = torch.zeros_like  # no noise in the contrast
 args.max_grad_norm, contrasted = 1e9, []  # clipped halves would not add up to the clipped whole
 for half in [rank] if size > 1 else [0, 1]:  # each rank compares two sets of its own
     buffer.sample = lambda task, *_: buffer.data[task, half, :5].transpose(1, 2)
-    module.update_encoder(args, encoder, buffer, num_tasks, optimizers)
+    module.update_encoder(args, encoder, buffer, num_tasks, optimizers, args.temperature)
     contrasted.append(gradients(encoder))
 found |= {f"contrast.{key}": sum(one[key] for one in contrasted) / len(contrasted) for key in contrasted[0]}
 torch.save(found, f"{sys.argv[2]}.{rank}")
