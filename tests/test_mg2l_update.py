@@ -647,7 +647,7 @@ def test_what_ppo_is_told(monkeypatch):
 
 def test_every_epoch_has_fresh_contexts_of_each_copys_task(monkeypatch):
     env = make_env("hunting_target", 5)
-    args, nets, optimizers, buffer = small(env)
+    args, nets, optimizers, buffer = small(env, critic_context_size=8, rollout_context_episodes=1)
     data, z_local, z_global, task = experience(env, args, nets, num_steps=5)
     buffer.data[..., 0] = torch.arange(3.0)[:, None, None, None]  # each task's mark
     contexts, states = spy_on(monkeypatch, nets.encoder, "embed"), spy_on(monkeypatch, nets.critic, "forward")
@@ -655,12 +655,13 @@ def test_every_epoch_has_fresh_contexts_of_each_copys_task(monkeypatch):
         posterior = nets.encoder.global_posterior(nets.encoder.embed(buffer.sample(task, 6, 2)))
     assert posterior[0].shape == (5, 4)
     contexts.clear()
+    drawn = spy_on(monkeypatch, buffer, "sample")
     steps = {name: 0 for name in optimizers}
     for name, optimizer in optimizers.items():
         optimizer.register_step_post_hook(lambda *_, name=name: steps.__setitem__(name, steps[name] + 1))
     update(args, nets, optimizers, buffer, data, z_local, z_global, task)
     assert steps == dict(actor=3, critic=3, phi_g=3, phi_l=0)  # one of the encoder per epoch, none per agent
-    assert len(contexts) == 3
+    assert len(contexts) == 3 and [(call.context_size, call.num_episodes) for call in drawn] == [(8, 1)] * 3
     for call in contexts:
         present = task.unique()  # one context does for all copies on a task
         assert call.context.shape[:2] == (len(present), 3) and (call.context[..., 0] == present[:, None, None]).all()
@@ -676,7 +677,7 @@ def test_every_epoch_has_fresh_contexts_of_each_copys_task(monkeypatch):
 
 def test_the_critic_reads_the_mean_of_the_posterior_and_passes_a_share_of_its_gradient(monkeypatch):
     env = make_env("hunting_target", 2)
-    args, nets, optimizers, buffer = small(env, update_epochs=1, context_size=50)
+    args, nets, optimizers, buffer = small(env, update_epochs=1, critic_context_size=50)
     data, z_local, z_global, task = experience(env, args, nets, num_steps=5)
     buffer.data[:] = buffer.data[:, :1, :1]  # every context of a task is the same
     with torch.no_grad():

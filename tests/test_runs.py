@@ -454,7 +454,7 @@ POSITIVE = (
 CONTEXT_POSITIVE = (
     "latent_dim encoder_dim encoder_heads temperature context_size inference_size buffer_size context_episodes "
     "context_copies warmup_episodes context_interval context_sets rollout_contexts encoder_learning_rate "
-    "context_episode_steps rollout_context_size"
+    "context_episode_steps rollout_context_size rollout_context_episodes critic_context_size local_temperature"
 ).split()
 BAD = [  # flags, what the line must say
     *(([f"--{name.replace('_', '-')}", "0"], name.replace("_", "-")) for name in POSITIVE),
