@@ -163,9 +163,9 @@ class Args:
     similarity: Literal["dot", "cosine"] = "dot"
     """similarity of two representations in the contrastive losses"""
     temperature: float = 16.0
-    """the similarity is divided by it: the higher, the softer the comparison"""
+    """similarity is divided by it, in L_G and, in the warm-up, in L_L: the higher, the softer the comparison"""
     local_temperature: float | None = None
-    """the same in L_L after the warm-up; where it is high, z^i decides for a task even when in doubt"""
+    """the same in L_L after the warm-up; at 128 a z^i in doubt takes the likelier task's code, not one between"""
     context_size: int | None = None
     """transitions in one context while the encoder learns, B"""
     inference_size: int | None = None
@@ -173,7 +173,7 @@ class Args:
     buffer_size: int | None = None
     """transitions of single agents that the context buffers of all tasks hold together"""
     context_episodes: int | None = None
-    """episodes that one context is drawn from"""
+    """episodes that one context is drawn from while the encoder learns"""
     context_episode_steps: int | None = None
     """steps of each of them: shorter ones buy more different starts"""
     context_copies: int | None = None
@@ -191,11 +191,11 @@ class Args:
     rollout_contexts: int | None = None
     """contexts encoded per task before a rollout; each step picks one"""
     rollout_context_size: int | None = None
-    """transitions in each of them: with few, policies meet doubtful z^i, as at meta-test; with many only clear ones"""
+    """transitions in each of them: with many, policies meet one clear code per task; with few, doubtful z^i as well"""
     rollout_context_episodes: int | None = None
     """episodes that each of them, and each context of the critic, is drawn from"""
     critic_context_size: int | None = None
-    """transitions in one context while the critic learns"""
+    """transitions in each context that the critic reads while it learns"""
 
     # meta-test (Algorithm 2)
     eval_interval: int | None = None
@@ -308,10 +308,10 @@ class ValueNorm(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Attention among L rows, then a perceptron of each, with a LayerNorm before and a residual around either.
+    """Self-attention among L rows, then an MLP on each row; LayerNorm before and a residual around each of the two.
 
-    As nn.TransformerEncoderLayer with norm_first, in half of its time: that fills arrays with zeros for its gradient.
-    LayerNorm has no scale and offset, since a linear layer follows, which has both.
+    The function and initial values of nn.TransformerEncoderLayer with norm_first and without dropout, in half of its
+    time: its gradient fills arrays with zeros. LayerNorm has no scale and offset: a linear layer follows that has.
     """
 
     def __init__(self, dim: int, heads: int):
@@ -703,14 +703,17 @@ def contrast(args, mean, std, num_tasks: int) -> torch.Tensor:
 
 
 def update_encoder(args, encoder, buffer, num_tasks, optimizers, local_temperature) -> dict:
-    """One step on L_G + L_L (Algorithm 1, lines 17 and 19), L_L at its own temperature. Returns metrics, tensors."""
+    """One step on L_G + L_L (Algorithm 1, lines 17 and 19). Returns metrics, tensors.
+
+    Similarity is divided by args.temperature in L_G, and by local_temperature in L_L.
+    """
     label = torch.arange(num_tasks, device=buffer.data.device).repeat(args.context_sets)  # [Q], in a set one per task
     x = encoder.embed(buffer.sample(label, args.context_size, args.context_episodes))
     posteriors = [encoder.global_posterior(x), encoder.local_posterior(x)]  # [Q, d], [n, Q, d]
     scores = [contrast(args, *posterior, num_tasks) for posterior in posteriors]  # [(n,) Q, sets - 1, N]
     loss_g = global_loss(scores[0], label, *posteriors[0], args.kl_coef)
-    softer = scores[1] * (args.temperature / local_temperature)
-    loss_l = local_loss(args.local_loss, scores[0], softer, label, *posteriors, args.kl_coef)
+    scores_local = scores[1] * (args.temperature / local_temperature)  # the former is in them already
+    loss_l = local_loss(args.local_loss, scores[0], scores_local, label, *posteriors, args.kl_coef)
     optimizers["phi_g"].zero_grad()
     optimizers["phi_l"].zero_grad()
     (loss_g + loss_l).backward()  # the two meet in no parameter
@@ -756,7 +759,7 @@ def infer(encoder, memory, context_size, num_contexts, latent_dim) -> tuple[torc
             omega = encoder.priorities(own).clamp(min=1e-12)  # [n, S]
             size = min(context_size, steps)
             contexts = num_contexts if size < steps else 1  # those that hold all that is stored are the same
-            # chooses where more is stored than a context holds
+            # omega chooses only where more is stored than a context holds
             pick = torch.multinomial(omega.repeat_interleave(contexts, 0), size)  # [n * C, B], none twice
             pick = pick.view(n, contexts * size, 1).expand(-1, -1, own.shape[-1])
             context = own.gather(1, pick).unflatten(1, (contexts, size))  # [n, C, B, transition_dim]
@@ -1228,7 +1231,7 @@ if __name__ == "__main__":
             encoder.fit_input(buffer.data)
         if iteration == 0:
             now = time.perf_counter()
-            for _ in range(args.warmup_updates):
+            for _ in range(args.warmup_updates):  # at a high temperature two tasks may keep one code
                 update_encoder(args, encoder, buffer, num_tasks, optimizers, args.temperature)
             seconds["encoder"] += time.perf_counter() - now
             begun += time.perf_counter() - now

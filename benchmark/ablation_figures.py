@@ -26,7 +26,7 @@ SETTING = "hunting_target"
 # Okabe and Ito's colours; MG2L has the one it has in all figures
 COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9"]
 STYLES = ["-", "--", "-", "-.", ":"]  # for lines on top of each other
-# what the ablations were run with; --context-sets 48 and --critic-context-size 16 were defaults then, too
+# what was the default when the ablations were run; the critic read contexts of --context-size, 16 or 64
 SOFT = "--local-temperature 16.0 --rollout-context-episodes 8"
 MG2L = f"{SOFT} --context-sets 48 --critic-context-size 16"
 SAME_LENGTH = f"{SOFT} --context-size 64 --context-sets 12 --inference-size 64 --rollout-context-size 64"
