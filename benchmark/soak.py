@@ -70,7 +70,8 @@ def soak(env_id: str, iterations: int) -> bool:
     tenth = max(1, len(samples) // 10)
     parts = samples[tenth : 2 * tenth], samples[-tenth:]
     before, after = (statistics.median(memory for _, memory, _, _ in part) for part in parts)
-    files, threads = ((parts[0][0][k], samples[-1][k]) for k in (2, 3))
+    # the fewest: TensorBoard opens its file whenever it writes
+    files, threads = ([min(each[k] for each in part) for part in parts] for k in (2, 3))
     length = [samples[k][0] - samples[j][0] for j, k in ((0, tenth), (-1 - tenth, -1))]  # CPU seconds of a tenth
     first, last = (total / len(samples) * tenth / seconds for seconds in length)
     print(
