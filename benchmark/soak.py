@@ -5,7 +5,7 @@
 
 Small networks and few copies make iterations short, so that what each of them left behind would add up; there are 50
 evaluations and 50 checkpoints besides. A sample is taken in every iteration, in the process itself, after glibc has
-given back what is freed: what it keeps for later comes and goes by several percent. The first tenth warms up (the
+given back what is freed: what it keeps for later comes and goes. The first tenth warms up (the
 context buffer fills); compared are the medians of the second tenth and of the last. Exits with 1 if memory grows by
 more than 2 %, or if files or threads are not as many as before. Needs Linux with glibc.
 """
