@@ -136,7 +136,7 @@ def test_more_context_makes_more_certain():
 def small(env, **changes):
     """Arguments, networks, optimizers and a full context buffer, all small, as the script makes them."""
     wanted = dict(num_envs=env.num_envs, hidden_dim=16, latent_dim=4, encoder_dim=8, context_size=6, inference_size=6)
-    wanted |= dict(update_epochs=3, rollout_contexts=3, eval_copies=6, context_episodes=2)
+    wanted |= dict(update_epochs=3, rollout_contexts=3, eval_copies=6, context_episodes=2, kl_coef=0.01)
     args = pearl.Args(**(wanted | changes))
     nets = SimpleNamespace(**pearl.build(args, env, torch.device("cpu")))
     optimizers = {
