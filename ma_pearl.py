@@ -56,13 +56,15 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "total_timesteps": (500_000, 500_000, 5_000_000, 2_000_000, 500_000, 1_000_000),
     "eval_interval":   (50_000, 50_000, 500_000, 200_000, 50_000, 100_000),
     "buffer_size":     (300_000, 600_000, 1_000_000, 500_000, 100_000, 200_000),
-    "context_size":    (16, 16, 512, 128, 64, 128),
+    "context_size":    (16, 64, 512, 128, 64, 128),
     "encoder_learning_rate": (2e-3, 2e-3, 5e-4, 5e-4, 5e-4, 5e-4),
-    "latent_dim":      (16, 16, 64, 64, 64, 64),
-    "kl_coef":         (0.001, 0.001, 0.01, 0.01, 0.01, 0.01),
+    "latent_dim":      (16, 4, 64, 64, 64, 64),
+    "encoder_dim":     (64, 128, 64, 64, 64, 64),
+    "kl_coef":         (0.001, 0.01, 0.01, 0.01, 0.01, 0.01),
     "inference_size":  (200, 200, 512, 512, 200, 128),
     "rollout_contexts": (8, 8, 8, 2, 8, 2),
     "warmup_episodes": (400, 400, 10, 2, 20, 4),
+    "context_episodes": (2, 8, 2, 2, 2, 2),
     "context_episode_steps": (12, 12, 1000, 1000, 100, 200),
     "context_copies":  (40, 40, 1, 1, 1, 1),
     "context_interval": (5, 5, 1, 5, 2, 2),
@@ -138,8 +140,8 @@ class Args:
     # task representation (Tables I to III)
     latent_dim: int | None = None
     """dimensions of z and of each z^i, d (Table I: 64)"""
-    encoder_dim: int = 64
-    """width of the encoder"""
+    encoder_dim: int | None = None
+    """width of the encoder (Table I: 64)"""
     kl_coef: float | None = None
     """alpha, the weight of the KL to the prior, mean over dimensions (Table II: 0.1)"""
     context_size: int | None = None
@@ -148,7 +150,7 @@ class Args:
     """transitions, at most, that agents infer z^i from to act on it, in rollouts and at meta-test"""
     buffer_size: int | None = None
     """transitions of single agents that the context buffers of all tasks hold together"""
-    context_episodes: int = 2
+    context_episodes: int | None = None
     """episodes that one context is drawn from"""
     context_episode_steps: int | None = None
     """steps of each of them: shorter ones buy more different starts"""

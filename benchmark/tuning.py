@@ -2,11 +2,13 @@
 
     python benchmark/tuning.py ma_pearl --draws 40 --jobs 2
     python benchmark/tuning.py ma_pearl --draws 40 --jobs 2 --finalists 4 --seeds 1 2 3 4 5    # the best of them again
+    python benchmark/tuning.py ma_pearl --env-id spread_target --draws 20
 
 Draw 0 is STARTS, by hand; every other takes a value of SPACES at random for each argument, the same ones whenever it is
-asked for. hunting_target with two preys, 200,000 steps, one thread; return is that of the last
-evaluation, 128 meta-test runs. Run folders are RUN_DIR/SCRIPT__DRAW__SEED; one that is finished is not run again.
-Prints a Markdown table, best first, of the means over seeds, and writes every run into --out.
+asked for. hunting_target with two preys or spread_target with two agents and three landmarks, 200,000 steps, one
+thread; return is that of the last evaluation, 128 meta-test runs. Run folders are RUN_DIR/ENV_ID__SCRIPT__DRAW__SEED;
+one that is finished is not run again. Prints a Markdown table, best first, of the means over seeds, and writes every
+run into --out.
 """
 
 import argparse
@@ -21,8 +23,8 @@ import numpy as np
 from figures import interval, read
 
 ROOT = Path(__file__).resolve().parents[1]
-FIXED = "--env-id hunting_target --env-kwargs num_preys=2 --total-timesteps 200000 --eval-interval 200000"
-FIXED += " --eval-copies 128 --num-threads 1"
+FIXED = "--total-timesteps 200000 --eval-interval 200000 --eval-copies 128 --num-threads 1 --env-kwargs"
+EASIER = {"hunting_target": "num_preys=2", "spread_target": "num_agents=2 num_landmarks=3"}
 STARTS = {
     "ma_pearl": {
         "kl_coef": 1e-2,
@@ -74,22 +76,23 @@ def flags_of(script: str, draw: int) -> list[str]:
     return [f"--{name.replace('_', '-')}={value}" for name, value in (drawn if draw else STARTS[script]).items()]
 
 
-def train(script: str, draw: int, seed: int, run_dir: Path) -> dict:
+def train(script: str, env_id: str, draw: int, seed: int, run_dir: Path) -> dict:
     """One run to its end, if it is not there yet, and what its last evaluation measured; {} where it failed."""
-    run = run_dir / f"{script}__{draw}__{seed}"
+    run = run_dir / f"{env_id}__{script}__{draw}__{seed}"
     flags = flags_of(script, draw)
     done = (run / "args.json").is_file() and (run / "meta_test.csv").is_file() and read(run)
     if not done:
         shutil.rmtree(run, ignore_errors=True)
-        command = [sys.executable, str(ROOT / f"{script}.py"), *FIXED.split(), *flags, f"--seed={seed}"]
-        command += [f"--run-dir={run_dir}", f"--run-name={run.name}"]
+        command = [sys.executable, str(ROOT / f"{script}.py"), "--env-id", env_id, *FIXED.split()]
+        command += [*EASIER[env_id].split(), *flags]
+        command += [f"--seed={seed}", f"--run-dir={run_dir}", f"--run-name={run.name}"]
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if ended.returncode:
             print(f"failed: {' '.join(command)}: {''.join(ended.stderr.splitlines()[-1:])}", file=sys.stderr)
             return {}
     rows = read(run)
     last = [row for row in rows if row["step"] == rows[-1]["step"]]
-    result = dict(script=script, draw=draw, seed=seed, flags=" ".join(flags))
+    result = dict(script=script, setting=rows[0]["setting"], draw=draw, seed=seed, flags=" ".join(flags))
     for phase in ("posterior", "prior"):
         result[phase] = float(np.mean([row["return"] for row in last if row["phase"] == phase]))
     result["probe"] = float(np.mean([row["probe"] for row in last if row["phase"] == "posterior"]))
@@ -100,6 +103,7 @@ def train(script: str, draw: int, seed: int, run_dir: Path) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("script", choices=SPACES)
+    parser.add_argument("--env-id", choices=EASIER, default="hunting_target")
     parser.add_argument("--draws", type=int, default=40, help="draws, STARTS among them")
     parser.add_argument("--finalists", type=int, default=0, help="how many of the best, and STARTS, get --seeds")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1], help="seeds of the finalists")
@@ -110,11 +114,11 @@ def main() -> None:
     run_dir = args.run_dir.resolve()
     run_dir.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = [*pool.map(lambda draw: train(args.script, draw, 1, run_dir), range(args.draws))]
+        results = [*pool.map(lambda draw: train(args.script, args.env_id, draw, 1, run_dir), range(args.draws))]
         ranked = sorted((result for result in results if result), key=lambda result: -result["posterior"])
         best = [result["draw"] for result in ranked if result["draw"]][: args.finalists]
         again = [(draw, seed) for draw in [0, *best] for seed in args.seeds if seed != 1] if args.finalists else []
-        results += pool.map(lambda pair: train(args.script, *pair, run_dir), again)
+        results += pool.map(lambda pair: train(args.script, args.env_id, *pair, run_dir), again)
     results = [result for result in results if result]
     if not results:
         sys.exit("tuning.py: no run came to its end")

@@ -25,7 +25,7 @@ def test_a_script_takes_every_draw(tuning, name):
     for draw in range(40):
         flags = tuning.flags_of(name, draw)
         assert flags == tuning.flags_of(name, draw)
-        script.check_args(tyro.cli(script.Args, args=[*tuning.FIXED.split(), *flags]))
+        script.check_args(tyro.cli(script.Args, args=[*tuning.FIXED.split(), tuning.EASIER["hunting_target"], *flags]))
         drawn.add(tuple(flags))
     assert tuning.STARTS[name].keys() == tuning.SPACES[name].keys()
     assert len(drawn) == 40
@@ -38,7 +38,7 @@ def search(tuning, monkeypatch, capsys, *argv):
 
 
 def test_search_ranks_its_runs_and_goes_on(tuning, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(tuning, "FIXED", f"{TINY} 400")
+    monkeypatch.setattr(tuning, "FIXED", f"{TINY} 400 --env-kwargs")
     argv = ["--draws", 3, "--run-dir", tmp_path / "runs", "--out", tmp_path / "tuning.csv", "--jobs", 2]
     printed = search(tuning, monkeypatch, capsys, *argv)
     lines = [line.split("|") for line in printed.out.splitlines()[2:]]
@@ -56,7 +56,7 @@ def test_search_ranks_its_runs_and_goes_on(tuning, monkeypatch, capsys, tmp_path
 
 
 def test_a_run_that_fails_is_told(tuning, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(tuning, "FIXED", f"{TINY} 4")  # less than an iteration
+    monkeypatch.setattr(tuning, "FIXED", f"{TINY} 4 --env-kwargs")  # less than an iteration
     with pytest.raises(SystemExit, match="no run came to its end"):
         search(tuning, monkeypatch, capsys, "--draws", 1, "--run-dir", tmp_path)
     assert "total-timesteps: got 4" in capsys.readouterr().err
