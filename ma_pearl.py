@@ -46,6 +46,8 @@ from tqdm import tqdm
 
 import envs
 
+# Shapes: E copies of the environment, n agents, T steps, N training tasks, d dimensions of z; B transitions in a
+# context, C contexts per task to act on, Q contexts encoded together, S transitions that an agent has stored.
 SCRIPT = "ma_pearl"
 CHECKPOINT_KEYS = {"args", "iteration", "csv_bytes", "networks", "optimizers", "context"}
 # What depends on the environment; a flag given by hand wins. The first four rows are Table III (its batch size is our
@@ -93,7 +95,7 @@ class Args:
     resume: str | None = None
     """run folder to go on with; only total-timesteps, track, wandb-*, checkpoint-*, capture-video may differ from it"""
     meta_test: str | None = None
-    """run folder to evaluate only; only explore-episodes, test-episodes, eval-*, seed, num-threads, cuda may differ"""
+    """run folder to evaluate; may differ: explore-, test-episodes, eval-copies, eval-sample, seed, num-threads, cuda"""
     track: bool = False
     """send the run to Weights & Biases as well"""
     wandb_project_name: str = "mg2l"
@@ -109,7 +111,7 @@ class Args:
 
     # MAPPO (Tables I and II)
     total_timesteps: int | None = None
-    """steps of one environment copy, summed over copies, context collection included (default: Table III)"""
+    """steps of one environment copy, summed over copies, context collection included (None: Table III)"""
     num_envs: int = 32
     """copies of the environment that gather experience for the policies, E"""
     learning_rate: float = 5e-4
@@ -165,7 +167,7 @@ class Args:
 
     # meta-test (Algorithm 2)
     eval_interval: int | None = None
-    """steps between two evaluations (default: Table III)"""
+    """steps between two evaluations (None: Table III)"""
     eval_copies: int = 32
     """meta-test runs in one evaluation, spread evenly over the test tasks"""
     explore_episodes: int = 2
@@ -261,7 +263,7 @@ class ValueNorm(nn.Module):
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # mean, mean of squares, weight; all biased
 
     def update(self, returns: torch.Tensor) -> None:
-        new = torch.stack([returns.mean(), returns.square().mean(), torch.ones_like(returns[0, 0, 0])])
+        new = torch.stack([returns.mean(), returns.square().mean(), returns.new_ones(())])
         self.sums.mul_(self.beta).add_(new, alpha=1 - self.beta)
 
     def mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -343,8 +345,8 @@ class ContextBuffer:
     """C_k of Algorithm 1: for each training task the latest episodes, all gathered with the prior.
 
     data [N, M, T, n, transition_dim]: M episodes of T steps and n agents for each of N tasks, growing to `capacity`.
-    A context is B steps drawn from at most `num_episodes` of them. From more, contexts of one task would be more alike,
-    and the encoder could tell tasks apart by what episodes they hold (where the obstacles are) instead of by reward.
+    A context is B steps drawn from at most `num_episodes` of them: few while the encoder learns, or two contexts of one
+    task share episodes, and it learns to tell tasks by those (by where the obstacles are) instead of by reward.
     """
 
     def __init__(self, capacity: int):
@@ -369,9 +371,10 @@ class ContextBuffer:
 
 
 def seed_everything(seed: int, iteration: int, purpose: str) -> int:
-    """Every rollout, update and evaluation starts from a seed of its own.
+    """Every rollout, update and evaluation starts from a seed of its own; for evaluations, `iteration` is their number.
 
-    So a checkpoint needs no state of generators or environments, and evaluating more often does not change training.
+    So a checkpoint needs no state of generators or environments, evaluating more often does not change training, and
+    the episodes of an evaluation are the same whatever the method.
     Seeds PyTorch and returns a seed for the environment.
     """
     purposes = ["initialise", "context", "rollout", "update", "meta-test", "curve", "video"]
@@ -474,8 +477,8 @@ def clip_gradient_per_agent(parameters: list[nn.Parameter], max_norm: float) -> 
 def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, value_norm, buffer, optimizers) -> dict:
     """Epochs of PPO on one rollout (Algorithm 1, lines 16 to 18).
 
-    z_local [n, T, E, d] is what the actors acted on; z_global [T, E, d] is for the values of old; task [E] is
-    each copy's index among the training tasks. Returns metrics, 0-d tensors.
+    z_local [n, T, E, d] is what the actors acted on, z_global [T, E, d] what the critic reads for the old values, task
+    [E] each copy's index among the training tasks. Returns metrics, 0-d tensors.
     """
     with torch.no_grad():
         value = critic(data.state, z_global)  # [T, E, n]
@@ -549,20 +552,21 @@ def infer(encoder, memory, context_size, num_contexts, latent_dim) -> tuple[torc
     Returns mean and standard deviation of `num_contexts` posteriors, [C, n, E, d]; the prior where nothing is stored.
     """
     means, stds = [], []
-    for transitions in memory:
-        steps, n, _ = transitions.shape
-        own = transitions.transpose(0, 1)  # [n, S, transition_dim]
+    for lived in memory:
+        steps, n, _ = lived.shape
+        own = lived.transpose(0, 1)  # [n, S, transition_dim]
         if steps == 0:
-            mean, std = torch.zeros(2, n, num_contexts, latent_dim, device=own.device)
-            std = std + 1
+            mean = torch.zeros(n, num_contexts, latent_dim, device=own.device)
+            std = torch.ones_like(mean)
         else:
             omega = torch.ones(n, steps, device=own.device)  # any transition as likely as any other
             size = min(context_size, steps)
-            # chooses where more is stored than a context holds
-            pick = torch.multinomial(omega.repeat_interleave(num_contexts, 0), size)  # [n * C, B], none twice
-            pick = pick.view(n, num_contexts * size, 1).expand(-1, -1, own.shape[-1])
-            context = own.gather(1, pick).unflatten(1, (num_contexts, size))  # [n, C, B, transition_dim]
+            contexts = num_contexts if size < steps else 1  # those that hold all that is stored are the same
+            pick = torch.multinomial(omega.repeat_interleave(contexts, 0), size)  # [n * C, B], none twice
+            pick = pick.view(n, contexts * size, 1).expand(-1, -1, own.shape[-1])
+            context = own.gather(1, pick).unflatten(1, (contexts, size))  # [n, C, B, transition_dim]
             mean, std = encoder.local_posterior(context.transpose(0, 1))  # [n, C, d]
+            mean, std = mean.expand(-1, num_contexts, -1), std.expand(-1, num_contexts, -1)
         means.append(mean.transpose(0, 1))
         stds.append(std.transpose(0, 1))
     return torch.stack(means, 2), torch.stack(stds, 2)
@@ -591,17 +595,16 @@ def inference_accuracy(mean, std, task, kind) -> tuple[torch.Tensor, torch.Tenso
     centroid = torch.einsum("ekf,nfd->nekd", weight, representation)  # [n, E, N, d]
     nearest = (representation[:, :, None] - centroid).norm(dim=-1).argmin(-1)  # [n, E]
     probe = (nearest == label).float().mean(0)
-    nothing = torch.full_like(probe, torch.nan)
-    return torch.where(comparable, accuracy, nothing), torch.where(comparable, probe, nothing)
+    return accuracy.masked_fill(~comparable, torch.nan), probe.masked_fill(~comparable, torch.nan)
 
 
-def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) -> list[dict]:
+def meta_test(args, env, actor, encoder, evaluation: int, device, curve: bool) -> list[dict]:
     """Algorithm 2 on every copy of `env`: explore with the prior, infer the task, act on the posterior.
 
     Returns one row per copy and episode for meta_test.csv. With `curve` also Fig. 7: one more posterior episode after
     each of the first 0, 10, 20, 50, ... transitions.
     """
-    env_seed = seed_everything(args.seed, iteration, "meta-test")
+    env_seed = seed_everything(args.seed, evaluation, "meta-test")
     num_steps, n, num_envs = env.max_episode_steps, env.num_agents, env.num_envs
     task = np.resize(env.tasks.test, num_envs)  # spread evenly
     task_on_device = torch.from_numpy(task).to(device)
@@ -633,10 +636,10 @@ def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) ->
         returns = episodic_return(rollout(env, actor, task, z, env_seed + episode, greedy=not args.eval_sample))
         record("posterior", episode, memory, returns, posterior)
     if curve:
-        env_seed = seed_everything(args.seed, iteration, "curve")
-        longest = max(len(transitions) for transitions in memory)
+        env_seed = seed_everything(args.seed, evaluation, "curve")
+        longest = max(len(lived) for lived in memory)
         for steps in [0, *(m * 10**k for k in range(1, 6) for m in (1, 2, 5) if m * 10**k <= longest)]:
-            begun = [transitions[:steps] for transitions in memory]
+            begun = [lived[:steps] for lived in memory]
             posterior = infer(encoder, begun, args.inference_size, args.rollout_contexts, args.latent_dim)
             z = draw_z(*posterior, num_steps)
             returns = episodic_return(rollout(env, actor, task, z, env_seed, greedy=not args.eval_sample))
@@ -916,7 +919,7 @@ if __name__ == "__main__":
         try:
             restore(networks, saved["networks"], run)
             if not evaluate_only:
-                restore(optimizers, copy.deepcopy(saved["optimizers"]), run)  # they would go on in its tensors
+                restore(optimizers, copy.deepcopy(saved["optimizers"]), run)  # Adam would step in `saved`
         except ValueError as error:
             fail(str(error))
         buffer.data, start = saved["context"].to(device), saved["iteration"]
@@ -925,9 +928,9 @@ if __name__ == "__main__":
             fail(f"{run / 'meta_test.csv'}: got {csv_bytes} bytes, expected at least {saved['csv_bytes']}")
 
     if evaluate_only:
-        rows = meta_test(args, eval_env, actor, encoder, start, device, curve=True)
-        (run / "meta_test_only.csv").unlink(missing_ok=True)
         step = iteration_steps(args, train_env, start)
+        rows = meta_test(args, eval_env, actor, encoder, round(step / args.eval_interval), device, curve=True)
+        (run / "meta_test_only.csv").unlink(missing_ok=True)
         append_rows(run / "meta_test_only.csv", step, rows)
         for task in tasks.test:
             means = summarise([row for row in rows if row["task"] == task])
@@ -961,7 +964,8 @@ if __name__ == "__main__":
         with open(csv_path, "a") as file:
             file.truncate(saved["csv_bytes"])  # what was written after the checkpoint is done again
     print(f"{run}: {args.total_timesteps:,} steps (joint steps of one copy), {args.num_threads} threads, {device}")
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True)
+    end = iteration_steps(args, train_env, num_iterations)
+    progress = tqdm(total=end, initial=global_step, unit="step", unit_scale=True)
     start_time = checkpoint_time = time.time()
     start_step, boundary = global_step, saved and saved | {"args": dataclasses.asdict(args)}
     seconds = dict.fromkeys(("rollout", "ppo", "eval"), 0.0)
@@ -995,16 +999,16 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
 
-    def evaluate(iteration: int, step: int, curve: bool) -> None:
+    def evaluate(step: int, curve: bool) -> None:
         begun = time.perf_counter()
-        rows = meta_test(args, eval_env, actor, encoder, iteration, device, curve)
+        rows = meta_test(args, eval_env, actor, encoder, round(step / args.eval_interval), device, curve)
         append_rows(csv_path, step, rows)
         for name, value in summarise(rows).items():
             writer.add_scalar(name, value, step)
         seconds["eval"] += time.perf_counter() - begun
 
     if not saved:
-        evaluate(0, 0, curve=False)
+        evaluate(0, curve=False)
     for iteration in range(start, num_iterations):  # Algorithm 1, line 1
         # lines 2 to 7: collect transitions for context, on the prior
         begun = time.perf_counter()
@@ -1037,7 +1041,7 @@ if __name__ == "__main__":
             optimizer.param_groups[0]["lr"] = learning_rate[name] * (1 - iteration / num_iterations)
         seed_everything(args.seed, iteration, "update")
         experience = (data, z_local, z_global, task)
-        metrics = update_mappo(args, *experience, actor, critic, encoder, value_norm, buffer, optimizers)
+        metrics = update_mappo(args, *experience, *networks.values(), buffer, optimizers)
         seconds["ppo"] += time.perf_counter() - now
 
         # the rest is bookkeeping
@@ -1062,7 +1066,7 @@ if __name__ == "__main__":
         last = iteration + 1 == num_iterations
         previous = iteration_steps(args, train_env, iteration)
         if last or global_step // args.eval_interval > previous // args.eval_interval:
-            evaluate(iteration + 1, global_step, curve=last)
+            evaluate(global_step, curve=last)
         state = dict(script=SCRIPT, args=dataclasses.asdict(args), iteration=iteration + 1)
         state |= dict(csv_bytes=csv_path.stat().st_size, context=buffer.data)
         state["networks"] = copy.deepcopy({name: network.state_dict() for name, network in networks.items()})

@@ -5,9 +5,9 @@ Inference", IEEE TNNLS 2025. Equation, algorithm and table numbers below are thi
 
 Agents meet many tasks and are never told which one they are in; they must infer it from what they experience. In
 training an encoder turns the joint experience of all agents into a global representation z, learnt by contrast between
-tasks (L_G) and from the critic that reads it (L_Q). Each agent's own experience gives a local representation z^i, which
-learns to say what z says (L_L), and the policies read only z^i. So at meta-test every agent explores, infers the task
-and acts on its own.
+tasks (L_G) and from the critic that reads it (L_Q). Each agent's own part of that encoding gives a local representation
+z^i, which learns to tell the tasks apart without the others (L_L), and the policies read only z^i. So at meta-test
+every agent explores, infers the task and acts on its own.
 
 Environments and contexts are split over the processes (ranks); gradients, the statistics of advantages and returns and
 the metrics are averaged over them, and every rank holds the whole context buffer. Rank 0 evaluates and writes; the
@@ -54,7 +54,8 @@ from tqdm import tqdm
 import envs
 
 # Shapes: E copies of the environment, n agents, T steps, N training tasks, d dimensions of z; B transitions in a
-# context, C contexts per task to act on, Q contexts encoded together, S sets of N contexts (one per task) to compare.
+# context, C contexts per task to act on, Q contexts encoded together, S sets of N contexts (one per task) to compare,
+# or S transitions that an agent has stored.
 # phi_g: the encoder but for its local heads; phi_l: the local heads.
 SCRIPT = "mg2l_mappo_multigpu"
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -138,7 +139,7 @@ class Args:
     resume: str | None = None
     """run folder to go on with; only total-timesteps, track, wandb-*, checkpoint-*, capture-video may differ from it"""
     meta_test: str | None = None
-    """run folder to evaluate only; only explore-episodes, test-episodes, eval-*, seed, num-threads, cuda may differ"""
+    """run folder to evaluate; may differ: explore-, test-episodes, eval-copies, eval-sample, seed, num-threads, cuda"""
     track: bool = False
     """send the run to Weights & Biases as well"""
     wandb_project_name: str = "mg2l"
@@ -154,7 +155,7 @@ class Args:
 
     # MAPPO (Tables I and II)
     total_timesteps: int | None = None
-    """steps of one environment copy, summed over copies, context collection included (default: Table III)"""
+    """steps of one environment copy, summed over copies, context collection included (None: Table III)"""
     num_envs: int = 32
     """copies of the environment that gather experience for the policies, E"""
     learning_rate: float = 5e-4
@@ -236,7 +237,7 @@ class Args:
 
     # meta-test (Algorithm 2)
     eval_interval: int | None = None
-    """steps between two evaluations (default: Table III)"""
+    """steps between two evaluations (None: Table III)"""
     eval_copies: int = 32
     """meta-test runs in one evaluation, spread evenly over the test tasks"""
     explore_episodes: int = 2
@@ -332,7 +333,7 @@ class ValueNorm(nn.Module):
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # mean, mean of squares, weight; all biased
 
     def update(self, returns: torch.Tensor) -> None:
-        new = average(torch.stack([returns.mean(), returns.square().mean(), torch.ones_like(returns[0, 0, 0])]))
+        new = average(torch.stack([returns.mean(), returns.square().mean(), returns.new_ones(())]))
         self.sums.mul_(self.beta).add_(new, alpha=1 - self.beta)
 
     def mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -379,9 +380,9 @@ class PIA(nn.Module):
         self.value = nn.Linear(dim, dim, bias=False)  # W_v
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [..., L, dim] -> the weighted mean of its L rows [..., dim], and their scores before softmax [..., L]."""
+        """x [..., L, dim] -> weighted mean of the rows' values [..., dim], and their scores before softmax [..., L]."""
         x = self.blocks(x.flatten(0, -3)).view_as(x)
-        score = x @ (self.key.weight.T @ self.query) / math.sqrt(x.shape[-1])  # Q (x W_k)^T / sqrt(d), query first
+        score = x @ (self.key.weight.T @ self.query) / math.sqrt(x.shape[-1])  # Q (x W_k)^T / sqrt(dim), query first
         pooled = (score.softmax(-1)[..., None, :] @ x)[..., 0, :]  # [..., dim]
         return self.value(pooled), score  # W_v after the sum: the same product, L times cheaper
 
@@ -535,8 +536,8 @@ class ContextBuffer:
     """C_k of Algorithm 1: for each training task the latest episodes, all gathered with the prior.
 
     data [N, M, T, n, transition_dim]: M episodes of T steps and n agents for each of N tasks, growing to `capacity`.
-    A context is B steps drawn from at most `num_episodes` of them. From more, contexts of one task would be more alike,
-    and the encoder could tell tasks apart by what episodes they hold (where the obstacles are) instead of by reward.
+    A context is B steps drawn from at most `num_episodes` of them: few while the encoder learns, or two contexts of one
+    task share episodes, and it learns to tell tasks by those (by where the obstacles are) instead of by reward.
     """
 
     def __init__(self, capacity: int):
@@ -561,9 +562,10 @@ class ContextBuffer:
 
 
 def seed_everything(seed: int, iteration: int, purpose: str) -> int:
-    """Every rollout, update and evaluation starts from a seed of its own.
+    """Every rollout, update and evaluation starts from a seed of its own; for evaluations, `iteration` is their number.
 
-    So a checkpoint needs no state of generators or environments, and evaluating more often does not change training.
+    So a checkpoint needs no state of generators or environments, evaluating more often does not change training, and
+    the episodes of an evaluation are the same whatever the method.
     Seeds PyTorch and returns a seed for the environment; both differ between ranks.
     """
     purposes = ["initialise", "context", "rollout", "update", "meta-test", "curve", "video"]
@@ -667,8 +669,8 @@ def clip_gradient_per_agent(parameters: list[nn.Parameter], max_norm: float) -> 
 def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, value_norm, buffer, optimizers) -> dict:
     """Epochs of PPO on one rollout (Algorithm 1, lines 16 to 18).
 
-    z_local [n, T, E, d] is what the actors acted on; z_global [T, E, d] is for the values of old; task [E] is
-    each copy's index among the training tasks. Returns metrics, 0-d tensors.
+    z_local [n, T, E, d] is what the actors acted on, z_global [T, E, d] what the critic reads for the old values, task
+    [E] each copy's index among the training tasks. Returns metrics, 0-d tensors.
     """
     with torch.no_grad():
         value = critic(data.state, z_global)  # [T, E, n]
@@ -747,7 +749,8 @@ def contrast(args, mean, std, num_tasks: int) -> torch.Tensor:
 def update_encoder(args, encoder, buffer, num_tasks, optimizers, local_temperature) -> dict:
     """One step on L_G + L_L (Algorithm 1, lines 17 and 19). Returns metrics, tensors.
 
-    Similarity is divided by args.temperature in L_G, and by local_temperature in L_L.
+    Similarity is divided by args.temperature in L_G, and by local_temperature in L_L; eq. 24 compares z and z^i in one
+    product, so there both are divided by the former.
     """
     sets = args.context_sets // WORLD_SIZE  # each rank compares its own with each other
     label = torch.arange(num_tasks, device=buffer.data.device).repeat(sets)  # [Q], in a set one per task
@@ -755,8 +758,8 @@ def update_encoder(args, encoder, buffer, num_tasks, optimizers, local_temperatu
     posteriors = [encoder.global_posterior(x), encoder.local_posterior(x)]  # [Q, d], [n, Q, d]
     scores = [contrast(args, *posterior, num_tasks) for posterior in posteriors]  # [(n,) Q, sets - 1, N]
     loss_g = global_loss(scores[0], label, *posteriors[0], args.kl_coef)
-    scores_local = scores[1] * (args.temperature / local_temperature)  # the former is in them already
-    loss_l = local_loss(args.local_loss, scores[0], scores_local, label, *posteriors, args.kl_coef)
+    softer = 1 if args.local_loss == "cmi" else args.temperature / local_temperature  # the former is in them already
+    loss_l = local_loss(args.local_loss, scores[0], scores[1] * softer, label, *posteriors, args.kl_coef)
     optimizers["phi_g"].zero_grad()
     optimizers["phi_l"].zero_grad()
     (loss_g + loss_l).backward()  # the two meet in no parameter
@@ -793,12 +796,12 @@ def infer(encoder, memory, context_size, num_contexts, latent_dim) -> tuple[torc
     Returns mean and standard deviation of `num_contexts` posteriors, [C, n, E, d]; the prior where nothing is stored.
     """
     means, stds = [], []
-    for transitions in memory:
-        steps, n, _ = transitions.shape
-        own = transitions.transpose(0, 1)  # [n, S, transition_dim]
+    for lived in memory:
+        steps, n, _ = lived.shape
+        own = lived.transpose(0, 1)  # [n, S, transition_dim]
         if steps == 0:
-            mean, std = torch.zeros(2, n, num_contexts, latent_dim, device=own.device)
-            std = std + 1
+            mean = torch.zeros(n, num_contexts, latent_dim, device=own.device)
+            std = torch.ones_like(mean)
         else:
             omega = encoder.priorities(own).clamp(min=1e-12)  # [n, S]
             size = min(context_size, steps)
@@ -837,17 +840,16 @@ def inference_accuracy(mean, std, task, kind) -> tuple[torch.Tensor, torch.Tenso
     centroid = torch.einsum("ekf,nfd->nekd", weight, representation)  # [n, E, N, d]
     nearest = (representation[:, :, None] - centroid).norm(dim=-1).argmin(-1)  # [n, E]
     probe = (nearest == label).float().mean(0)
-    nothing = torch.full_like(probe, torch.nan)
-    return torch.where(comparable, accuracy, nothing), torch.where(comparable, probe, nothing)
+    return accuracy.masked_fill(~comparable, torch.nan), probe.masked_fill(~comparable, torch.nan)
 
 
-def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) -> list[dict]:
+def meta_test(args, env, actor, encoder, evaluation: int, device, curve: bool) -> list[dict]:
     """Algorithm 2 on every copy of `env`: explore with the prior, infer the task, act on the posterior.
 
     Returns one row per copy and episode for meta_test.csv. With `curve` also Fig. 7: one more posterior episode after
     each of the first 0, 10, 20, 50, ... transitions.
     """
-    env_seed = seed_everything(args.seed, iteration, "meta-test")
+    env_seed = seed_everything(args.seed, evaluation, "meta-test")
     num_steps, n, num_envs = env.max_episode_steps, env.num_agents, env.num_envs
     task = np.resize(env.tasks.test, num_envs)  # spread evenly
     task_on_device = torch.from_numpy(task).to(device)
@@ -879,10 +881,10 @@ def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) ->
         returns = episodic_return(rollout(env, actor, task, z, env_seed + episode, greedy=not args.eval_sample))
         record("posterior", episode, memory, returns, posterior)
     if curve:
-        env_seed = seed_everything(args.seed, iteration, "curve")
-        longest = max(len(transitions) for transitions in memory)
+        env_seed = seed_everything(args.seed, evaluation, "curve")
+        longest = max(len(lived) for lived in memory)
         for steps in [0, *(m * 10**k for k in range(1, 6) for m in (1, 2, 5) if m * 10**k <= longest)]:
-            begun = [transitions[:steps] for transitions in memory]
+            begun = [lived[:steps] for lived in memory]
             posterior = infer(encoder, begun, args.inference_size, args.rollout_contexts, args.latent_dim)
             z = draw_z(*posterior, num_steps)
             returns = episodic_return(rollout(env, actor, task, z, env_seed, greedy=not args.eval_sample))
@@ -1192,7 +1194,7 @@ if __name__ == "__main__":
         try:
             restore(networks, saved["networks"], run)
             if not evaluate_only:
-                restore(optimizers, copy.deepcopy(saved["optimizers"]), run)  # they would go on in its tensors
+                restore(optimizers, copy.deepcopy(saved["optimizers"]), run)  # Adam would step in `saved`
         except ValueError as error:
             fail(str(error))
         buffer.data, start = saved["context"].to(device), saved["iteration"]
@@ -1203,9 +1205,9 @@ if __name__ == "__main__":
     if evaluate_only:
         if WORLD_SIZE > 1:
             fail(f"meta-test: got {WORLD_SIZE} processes, expected one, started without torchrun")
-        rows = meta_test(args, eval_env, actor, encoder, start, device, curve=True)
-        (run / "meta_test_only.csv").unlink(missing_ok=True)
         step = iteration_steps(args, train_env, start)
+        rows = meta_test(args, eval_env, actor, encoder, round(step / args.eval_interval), device, curve=True)
+        (run / "meta_test_only.csv").unlink(missing_ok=True)
         append_rows(run / "meta_test_only.csv", step, rows)
         for task in tasks.test:
             means = summarise([row for row in rows if row["task"] == task])
@@ -1242,8 +1244,8 @@ if __name__ == "__main__":
     if RANK == 0:
         each = f"{WORLD_SIZE} processes of {args.num_threads} threads, {device}"
         print(f"{run}: {args.total_timesteps:,} steps (joint steps of one copy), {each}")
-    total = args.total_timesteps
-    progress = tqdm(total=total, initial=global_step, unit="step", unit_scale=True, disable=RANK > 0)
+    end = iteration_steps(args, train_env, num_iterations)
+    progress = tqdm(total=end, initial=global_step, unit="step", unit_scale=True, disable=RANK > 0)
     start_time = checkpoint_time = time.time()
     start_step, boundary = global_step, saved and saved | {"args": dataclasses.asdict(args)}
     seconds = dict.fromkeys(("rollout", "ppo", "encoder", "eval"), 0.0)
@@ -1278,16 +1280,16 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
 
-    def evaluate(iteration: int, step: int, curve: bool) -> None:
+    def evaluate(step: int, curve: bool) -> None:
         begun = time.perf_counter()
-        rows = meta_test(args, eval_env, actor, encoder, iteration, device, curve)
+        rows = meta_test(args, eval_env, actor, encoder, round(step / args.eval_interval), device, curve)
         append_rows(csv_path, step, rows)
         for name, value in summarise(rows).items():
             writer.add_scalar(name, value, step)
         seconds["eval"] += time.perf_counter() - begun
 
     if not saved and RANK == 0:
-        evaluate(0, 0, curve=False)  # the others wait for it where they average next
+        evaluate(0, curve=False)  # the others wait for it where they average next
     for iteration in range(start, num_iterations):  # Algorithm 1, line 1
         # lines 2 to 7: collect transitions for context, on the prior
         begun = time.perf_counter()
@@ -1303,7 +1305,7 @@ if __name__ == "__main__":
             encoder.fit_input(buffer.data)
         if iteration == 0:
             now = time.perf_counter()
-            for _ in range(args.warmup_updates):  # at a high temperature two tasks may keep one code
+            for _ in range(args.warmup_updates):  # at a higher temperature two tasks may keep one code
                 update_encoder(args, encoder, buffer, num_tasks, optimizers, args.temperature)
             seconds["encoder"] += time.perf_counter() - now
             begun += time.perf_counter() - now
@@ -1333,7 +1335,7 @@ if __name__ == "__main__":
             optimizer.param_groups[0]["lr"] = learning_rate[name] * (1 - iteration / num_iterations)
         seed_everything(args.seed, iteration, "update")
         experience = (data, z_local, z_global, task)
-        metrics = update_mappo(args, *experience, actor, critic, encoder, value_norm, buffer, optimizers)
+        metrics = update_mappo(args, *experience, *networks.values(), buffer, optimizers)
         now = time.perf_counter()
         seconds["ppo"] += now - begun
         begun = now
@@ -1370,7 +1372,7 @@ if __name__ == "__main__":
         last = iteration + 1 == num_iterations
         previous = iteration_steps(args, train_env, iteration)
         if last or global_step // args.eval_interval > previous // args.eval_interval:
-            evaluate(iteration + 1, global_step, curve=last)
+            evaluate(global_step, curve=last)
         state = dict(script=SCRIPT, args=dataclasses.asdict(args), iteration=iteration + 1)
         state |= dict(csv_bytes=csv_path.stat().st_size, context=buffer.data)
         state["networks"] = copy.deepcopy({name: network.state_dict() for name, network in networks.items()})

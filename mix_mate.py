@@ -46,6 +46,7 @@ from tqdm import tqdm
 
 import envs
 
+# Shapes: E copies of the environment, n agents, T steps, d dimensions of each z^i.
 SCRIPT = "mix_mate"
 CHECKPOINT_KEYS = {"args", "iteration", "csv_bytes", "networks", "optimizers"}
 # What depends on the environment; a flag given by hand wins. The first two rows are Table III, the others are what
@@ -84,7 +85,8 @@ class Args:
     resume: str | None = None
     """run folder to go on with; only total-timesteps, track, wandb-*, checkpoint-*, capture-video may differ from it"""
     meta_test: str | None = None
-    """run folder to evaluate without training: flags of the meta-test and seed hold"""
+    """run folder to evaluate; may differ: explore-, test-episodes, eval-copies, eval-sample, reset-per-episode,
+    seed, num-threads, cuda"""
     track: bool = False
     """send the run to Weights & Biases as well"""
     wandb_project_name: str = "mg2l"
@@ -100,7 +102,7 @@ class Args:
 
     # MAPPO (Tables I and II)
     total_timesteps: int | None = None
-    """steps of one environment copy, summed over copies (default: Table III)"""
+    """steps of one environment copy, summed over copies (None: Table III)"""
     num_envs: int = 32
     """copies of the environment that gather experience for the policies, E"""
     learning_rate: float = 5e-4
@@ -140,13 +142,13 @@ class Args:
     bptt_steps: int | None = None
     """back-propagation through at most so many steps"""
     encoder_updates: int = 20
-    """steps on the loss of the encoders in an iteration, as many as MG2L takes, 15 with the critic and 5 alone"""
+    """steps on the loss of the encoders in an iteration; MG2L takes 15 with the critic and 2 to 10 alone"""
     decoded_steps: int | None = None
     """joint steps of the rollout, drawn at random, that are decoded in each of these steps; all if there are fewer"""
 
     # meta-test (Algorithm 2)
     eval_interval: int | None = None
-    """steps between two evaluations (default: Table III)"""
+    """steps between two evaluations (None: Table III)"""
     eval_copies: int = 32
     """meta-test runs in one evaluation, spread evenly over the test tasks"""
     explore_episodes: int = 2
@@ -244,7 +246,7 @@ class ValueNorm(nn.Module):
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # mean, mean of squares, weight; all biased
 
     def update(self, returns: torch.Tensor) -> None:
-        new = torch.stack([returns.mean(), returns.square().mean(), torch.ones_like(returns[0, 0, 0])])
+        new = torch.stack([returns.mean(), returns.square().mean(), returns.new_ones(())])
         self.sums.mul_(self.beta).add_(new, alpha=1 - self.beta)
 
     def mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -421,9 +423,10 @@ def value_loss(value, old_value, target, clip_coef, huber_delta) -> torch.Tensor
 
 
 def seed_everything(seed: int, iteration: int, purpose: str) -> int:
-    """Every rollout, update and evaluation starts from a seed of its own.
+    """Every rollout, update and evaluation starts from a seed of its own; for evaluations, `iteration` is their number.
 
-    So a checkpoint needs no state of generators or environments, and evaluating more often does not change training.
+    So a checkpoint needs no state of generators or environments, evaluating more often does not change training, and
+    the episodes of an evaluation are the same whatever the method.
     Seeds PyTorch and returns a seed for the environment.
     """
     purposes = ["initialise", "context", "rollout", "update", "meta-test", "curve", "video"]
@@ -467,9 +470,9 @@ def rollout_recurrent(env, actor, encoder, task, seed, recalled=None, greedy=Fal
         for what, values in dict(observation=next_obs, reward=reward).items():
             if not np.isfinite(values).all():
                 fail(f"{what} not finite after {t + 1} steps of {env.env_id}; the last checkpoint is as it was", 1)
-            forget = torch.from_numpy(ended).to(hidden.device)[:, None]
-            representation = torch.where(forget, at_start[0], representation)
-            hidden = torch.where(forget, at_start[1], hidden)
+        forget = torch.from_numpy(ended).to(hidden.device)[:, None]
+        representation = torch.where(forget, at_start[0], representation)
+        hidden = torch.where(forget, at_start[1], hidden)
         step |= dict(reward=reward, state=state, next_obs=next_obs.swapaxes(0, 1), next_state=next_state)
         steps.append(step | dict(terminated=terminated, ended=ended))
     agents_first = ("obs", "action", "log_prob", "next_obs", "representation", "next_representation")
@@ -558,7 +561,7 @@ def update_mappo(args, data, actor, critic, value_norm, optimizers) -> dict:
         action, old_log_prob = data.action.flatten(1, 2), data.log_prob.flatten(1, 2)
 
     for epoch in range(args.update_epochs):
-        # the critic
+        # line 17: the critic
         value_now = agent_values(critic, data.state, data.representation)
         loss_q = value_loss(value_now, value, target, args.clip_coef, args.huber_delta)
         optimizers["critic"].zero_grad()
@@ -566,7 +569,7 @@ def update_mappo(args, data, actor, critic, value_norm, optimizers) -> dict:
         critic_norm = nn.utils.clip_grad_norm_(critic.parameters(), args.max_grad_norm)
         optimizers["critic"].step()
 
-        # the actors
+        # line 18: the actors, on the representations they acted on
         policy = actor(obs, own)
         log_prob, entropy = policy.log_prob(action), policy.entropy()  # [n, T * E]
         loss_pi = policy_loss(log_prob, old_log_prob, advantage, entropy, args.clip_coef, args.ent_coef)
@@ -671,18 +674,17 @@ def inference_accuracy(mean, std, task, kind) -> tuple[torch.Tensor, torch.Tenso
     centroid = torch.einsum("ekf,nfd->nekd", weight, representation)  # [n, E, N, d]
     nearest = (representation[:, :, None] - centroid).norm(dim=-1).argmin(-1)  # [n, E]
     probe = (nearest == label).float().mean(0)
-    nothing = torch.full_like(probe, torch.nan)
-    return torch.where(comparable, accuracy, nothing), torch.where(comparable, probe, nothing)
+    return accuracy.masked_fill(~comparable, torch.nan), probe.masked_fill(~comparable, torch.nan)
 
 
-def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) -> list[dict]:
+def meta_test(args, env, actor, encoder, evaluation: int, device, curve: bool) -> list[dict]:
     """Algorithm 2 on every copy of `env`: explore, then act on what was remembered. No gradient step.
 
     Returns one row per copy and episode for meta_test.csv. With `curve` also Fig. 7: one more episode on what is
     remembered of the first 0, 10, 20, 50, ... transitions. With --reset-per-episode agents begin every episode from
     nothing; memory, for the probe, is then the last exploration episode.
     """
-    env_seed = seed_everything(args.seed, iteration, "meta-test")
+    env_seed = seed_everything(args.seed, evaluation, "meta-test")
     n, num_envs, strict = env.num_agents, env.num_envs, args.reset_per_episode
     task = np.resize(env.tasks.test, num_envs)  # spread evenly
     task_on_device = torch.from_numpy(task).to(device)
@@ -715,10 +717,10 @@ def meta_test(args, env, actor, encoder, iteration: int, device, curve: bool) ->
         returns = episodic_return(rollout_recurrent(env, actor, encoder, task, env_seed + episode, **test))
         record("posterior", episode, memory, returns, recalled)
     if curve:
-        env_seed = seed_everything(args.seed, iteration, "curve")
-        longest = max(len(transitions) for transitions in memory)
+        env_seed = seed_everything(args.seed, evaluation, "curve")
+        longest = max(len(lived) for lived in memory)
         for steps in [0, *(m * 10**k for k in range(1, 6) for m in (1, 2, 5) if m * 10**k <= longest)]:
-            begun = [transitions[:steps] for transitions in memory]
+            begun = [lived[:steps] for lived in memory]
             recalled = recall(encoder, begun)
             test["recalled"] = None if strict else recalled
             returns = episodic_return(rollout_recurrent(env, actor, encoder, task, env_seed, **test))
@@ -810,6 +812,7 @@ def check_args(args: Args) -> None:
         if isinstance(value, int | float) and not isinstance(value, bool):
             fine = math.isfinite(value) and (value > 0 or value == 0 and field.name in zero_is_fine)
             expect(fine, field.name, value, f"a number {'of at least' if field.name in zero_is_fine else 'above'} 0")
+    expect(args.gamma <= 1, "gamma", args.gamma, "at most 1")
     expect(args.gae_lambda <= 1, "gae_lambda", args.gae_lambda, "at most 1")
     more = args.test_episodes > args.explore_episodes
     expect(more, "test_episodes", args.test_episodes, "more than explore_episodes")
@@ -993,7 +996,7 @@ if __name__ == "__main__":
         try:
             restore(networks, saved["networks"], run)
             if not evaluate_only:
-                restore(optimizers, copy.deepcopy(saved["optimizers"]), run)  # they would go on in its tensors
+                restore(optimizers, copy.deepcopy(saved["optimizers"]), run)  # Adam would step in `saved`
         except ValueError as error:
             fail(str(error))
         start = saved["iteration"]
@@ -1002,9 +1005,9 @@ if __name__ == "__main__":
             fail(f"{run / 'meta_test.csv'}: got {csv_bytes} bytes, expected at least {saved['csv_bytes']}")
 
     if evaluate_only:
-        rows = meta_test(args, eval_env, actor, encoder, start, device, curve=True)
-        (run / "meta_test_only.csv").unlink(missing_ok=True)
         step = iteration_steps(args, train_env, start)
+        rows = meta_test(args, eval_env, actor, encoder, round(step / args.eval_interval), device, curve=True)
+        (run / "meta_test_only.csv").unlink(missing_ok=True)
         append_rows(run / "meta_test_only.csv", step, rows)
         for task in tasks.test:
             means = summarise([row for row in rows if row["task"] == task])
@@ -1038,7 +1041,8 @@ if __name__ == "__main__":
         with open(csv_path, "a") as file:
             file.truncate(saved["csv_bytes"])  # what was written after the checkpoint is done again
     print(f"{run}: {args.total_timesteps:,} steps (joint steps of one copy), {args.num_threads} threads, {device}")
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True)
+    end = iteration_steps(args, train_env, num_iterations)
+    progress = tqdm(total=end, initial=global_step, unit="step", unit_scale=True)
     start_time = checkpoint_time = time.time()
     start_step, boundary = global_step, saved and saved | {"args": dataclasses.asdict(args)}
     seconds = dict.fromkeys(("rollout", "ppo", "encoder", "eval"), 0.0)
@@ -1072,16 +1076,16 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
 
-    def evaluate(iteration: int, step: int, curve: bool) -> None:
+    def evaluate(step: int, curve: bool) -> None:
         begun = time.perf_counter()
-        rows = meta_test(args, eval_env, actor, encoder, iteration, device, curve)
+        rows = meta_test(args, eval_env, actor, encoder, round(step / args.eval_interval), device, curve)
         append_rows(csv_path, step, rows)
         for name, value in summarise(rows).items():
             writer.add_scalar(name, value, step)
         seconds["eval"] += time.perf_counter() - begun
 
     if not saved:
-        evaluate(0, 0, curve=False)
+        evaluate(0, curve=False)
     for iteration in range(start, num_iterations):  # Algorithm 1, line 1
         begun = time.perf_counter()
         # lines 8 to 13: collect transitions for RL, on what the agents remember of the episode
@@ -1129,7 +1133,7 @@ if __name__ == "__main__":
         last = iteration + 1 == num_iterations
         previous = iteration_steps(args, train_env, iteration)
         if last or global_step // args.eval_interval > previous // args.eval_interval:
-            evaluate(iteration + 1, global_step, curve=last)
+            evaluate(global_step, curve=last)
         state = dict(script=SCRIPT, args=dataclasses.asdict(args), iteration=iteration + 1)
         state |= dict(csv_bytes=csv_path.stat().st_size)
         state["networks"] = copy.deepcopy({name: network.state_dict() for name, network in networks.items()})

@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 import envs
 
+# Shapes: E copies of the environment, n agents, T steps.
 SCRIPT = "task_given"
 CHECKPOINT_KEYS = {"args", "iteration", "csv_bytes", "networks", "optimizers"}
 # What depends on the environment (Table III); a flag given by hand wins.
@@ -74,7 +75,7 @@ class Args:
     resume: str | None = None
     """run folder to go on with; only total-timesteps, track, wandb-*, checkpoint-*, capture-video may differ from it"""
     meta_test: str | None = None
-    """run folder to evaluate only; only explore-episodes, test-episodes, eval-*, seed, num-threads, cuda may differ"""
+    """run folder to evaluate; may differ: explore-, test-episodes, eval-copies, eval-sample, seed, num-threads, cuda"""
     track: bool = False
     """send the run to Weights & Biases as well"""
     wandb_project_name: str = "mg2l"
@@ -90,7 +91,7 @@ class Args:
 
     # MAPPO (Tables I and II)
     total_timesteps: int | None = None
-    """steps of one environment copy, summed over copies (default: Table III)"""
+    """steps of one environment copy, summed over copies (None: Table III)"""
     num_envs: int = 32
     """copies of the environment that gather experience for the policies, E"""
     learning_rate: float = 5e-4
@@ -122,7 +123,7 @@ class Args:
 
     # meta-test (Algorithm 2)
     eval_interval: int | None = None
-    """steps between two evaluations (default: Table III)"""
+    """steps between two evaluations (None: Table III)"""
     eval_copies: int = 32
     """meta-test runs in one evaluation, spread evenly over the test tasks"""
     explore_episodes: int = 2
@@ -218,7 +219,7 @@ class ValueNorm(nn.Module):
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # mean, mean of squares, weight; all biased
 
     def update(self, returns: torch.Tensor) -> None:
-        new = torch.stack([returns.mean(), returns.square().mean(), torch.ones_like(returns[0, 0, 0])])
+        new = torch.stack([returns.mean(), returns.square().mean(), returns.new_ones(())])
         self.sums.mul_(self.beta).add_(new, alpha=1 - self.beta)
 
     def mean_std(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -249,9 +250,10 @@ def value_loss(value, old_value, target, clip_coef, huber_delta) -> torch.Tensor
 
 
 def seed_everything(seed: int, iteration: int, purpose: str) -> int:
-    """Every rollout, update and evaluation starts from a seed of its own.
+    """Every rollout, update and evaluation starts from a seed of its own; for evaluations, `iteration` is their number.
 
-    So a checkpoint needs no state of generators or environments, and evaluating more often does not change training.
+    So a checkpoint needs no state of generators or environments, evaluating more often does not change training, and
+    the episodes of an evaluation are the same whatever the method.
     Seeds PyTorch and returns a seed for the environment.
     """
     purposes = ["initialise", "context", "rollout", "update", "meta-test", "curve", "video"]
@@ -401,13 +403,13 @@ def update_mappo(args, data, z, actor, critic, value_norm, optimizers) -> dict:
 # Meta-test (Algorithm 2)
 
 
-def meta_test(args, env, actor, iteration: int, device, curve: bool) -> list[dict]:
+def meta_test(args, env, actor, evaluation: int, device, curve: bool) -> list[dict]:
     """As many episodes as Algorithm 2 takes, on every copy of `env`; told the task, the agents need not explore.
 
     Returns one row per copy and episode for meta_test.csv: the phases are those of mg2l_mappo.py, so that both can be
     drawn together. "prior" episodes sample the actions. With `curve` also Fig. 7, which is flat here.
     """
-    env_seed = seed_everything(args.seed, iteration, "meta-test")
+    env_seed = seed_everything(args.seed, evaluation, "meta-test")
     num_steps, num_envs = env.max_episode_steps, env.num_envs
     named = args.task_label in ("one-hot", "code")  # held-out tasks have no name that the agents could have learnt
     tested = env.tasks.train if named else env.tasks.test
@@ -426,7 +428,7 @@ def meta_test(args, env, actor, iteration: int, device, curve: bool) -> list[dic
         returns = episodic_return(rollout(env, actor, task, z, env_seed + episode, greedy=not args.eval_sample))
         record("posterior", episode, args.explore_episodes * num_steps, returns)
     if curve:
-        env_seed = seed_everything(args.seed, iteration, "curve")
+        env_seed = seed_everything(args.seed, evaluation, "curve")
         longest = args.explore_episodes * num_steps
         returns = episodic_return(rollout(env, actor, task, z, env_seed, greedy=not args.eval_sample))
         for steps in [0, *(m * 10**k for k in range(1, 6) for m in (1, 2, 5) if m * 10**k <= longest)]:
@@ -673,7 +675,7 @@ if __name__ == "__main__":
         try:
             restore(networks, saved["networks"], run)
             if not evaluate_only:
-                restore(optimizers, copy.deepcopy(saved["optimizers"]), run)  # they would go on in its tensors
+                restore(optimizers, copy.deepcopy(saved["optimizers"]), run)  # Adam would step in `saved`
         except ValueError as error:
             fail(str(error))
         start = saved["iteration"]
@@ -682,9 +684,9 @@ if __name__ == "__main__":
             fail(f"{run / 'meta_test.csv'}: got {csv_bytes} bytes, expected at least {saved['csv_bytes']}")
 
     if evaluate_only:
-        rows = meta_test(args, eval_env, actor, start, device, curve=True)
-        (run / "meta_test_only.csv").unlink(missing_ok=True)
         step = iteration_steps(args, train_env, start)
+        rows = meta_test(args, eval_env, actor, round(step / args.eval_interval), device, curve=True)
+        (run / "meta_test_only.csv").unlink(missing_ok=True)
         append_rows(run / "meta_test_only.csv", step, rows)
         for task in tasks.test:
             means = summarise([row for row in rows if row["task"] == task])
@@ -718,7 +720,8 @@ if __name__ == "__main__":
         with open(csv_path, "a") as file:
             file.truncate(saved["csv_bytes"])  # what was written after the checkpoint is done again
     print(f"{run}: {args.total_timesteps:,} steps (joint steps of one copy), {args.num_threads} threads, {device}")
-    progress = tqdm(total=args.total_timesteps, initial=global_step, unit="step", unit_scale=True)
+    end = iteration_steps(args, train_env, num_iterations)
+    progress = tqdm(total=end, initial=global_step, unit="step", unit_scale=True)
     start_time = checkpoint_time = time.time()
     start_step, boundary = global_step, saved and saved | {"args": dataclasses.asdict(args)}
     seconds = dict.fromkeys(("rollout", "ppo", "eval"), 0.0)
@@ -752,16 +755,16 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
 
-    def evaluate(iteration: int, step: int, curve: bool) -> None:
+    def evaluate(step: int, curve: bool) -> None:
         begun = time.perf_counter()
-        rows = meta_test(args, eval_env, actor, iteration, device, curve)
+        rows = meta_test(args, eval_env, actor, round(step / args.eval_interval), device, curve)
         append_rows(csv_path, step, rows)
         for name, value in summarise(rows).items():
             writer.add_scalar(name, value, step)
         seconds["eval"] += time.perf_counter() - begun
 
     if not saved:
-        evaluate(0, 0, curve=False)
+        evaluate(0, curve=False)
     for iteration in range(start, num_iterations):  # Algorithm 1, line 1
         begun = time.perf_counter()
         # lines 8 to 13: collect transitions for RL, told the task
@@ -802,7 +805,7 @@ if __name__ == "__main__":
         last = iteration + 1 == num_iterations
         previous = iteration_steps(args, train_env, iteration)
         if last or global_step // args.eval_interval > previous // args.eval_interval:
-            evaluate(iteration + 1, global_step, curve=last)
+            evaluate(global_step, curve=last)
         state = dict(script=SCRIPT, args=dataclasses.asdict(args), iteration=iteration + 1)
         state |= dict(csv_bytes=csv_path.stat().st_size)
         state["networks"] = copy.deepcopy({name: network.state_dict() for name, network in networks.items()})

@@ -59,3 +59,27 @@ def test_two_iterations(script, env_id, tmp_path, monkeypatch):
     assert np.isfinite(returns).all()
     agents = module["load_agents"](tmp_path / "run")
     assert agents.env.env_id == env_id and agents.env.num_agents == env.num_agents
+
+
+def test_evaluations_of_all_scripts_meet_the_same_episodes(tmp_path, monkeypatch):
+    """However many iterations a script's steps make: else returns of two methods would not pair."""
+    begun, reset = {}, envs.MetaVectorEnv.reset
+
+    def spy(env, seed=None, options=None):
+        if env.num_envs == 5:  # the evaluation's; training has 2 copies, and context 2 or 6
+            begun[script].append((seed, tuple(options["task"])))
+        return reset(env, seed, options)
+
+    monkeypatch.setattr(envs.MetaVectorEnv, "reset", spy)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    iterations = set()
+    for script in SCRIPTS:
+        begun[script] = []
+        argv = [f"{script}.py", *TINY.split(), *OWN[script].split(), "--eval-copies", "5", "--eval-interval", "500"]
+        argv += ["--total-timesteps", "1000", "--run-dir", str(tmp_path), "--run-name", script]
+        monkeypatch.setattr(sys, "argv", argv)
+        module = runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+        iterations.add(module["load_checkpoint"](tmp_path / script)["iteration"])
+    assert len(iterations) > 1  # else the test would show nothing
+    episodes = [set(begun[script]) for script in SCRIPTS]
+    assert len(episodes[0]) == 7 and all(other == episodes[0] for other in episodes)

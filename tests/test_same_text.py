@@ -1,6 +1,7 @@
 """The scripts are read one at a time, so they repeat each other: what has the same name must then be the same text."""
 
 import ast
+import dataclasses
 import importlib
 from itertools import combinations
 from pathlib import Path
@@ -47,6 +48,23 @@ SHARED = [(a, b, name) for a, b in combinations(SCRIPTS, 2) for name in TEXTS[a]
 @pytest.mark.parametrize("a, b, name", [row for row in SHARED if row[2] not in MEANT_TO_DIFFER])
 def test_same_text(a, b, name):
     assert TEXTS[a][name] == TEXTS[b][name]
+
+
+OF_THE_METHOD = {"latent_dim", "kl_coef", "encoder_updates", "encoder_dim", "encoder_learning_rate"}
+OF_THE_METHOD |= {"context_size", "context_episodes", "warmup_episodes"}
+
+
+def defaults(script):
+    """Name -> default, or the defaults of all environments, of a script's arguments."""
+    module = importlib.import_module(Path(script).stem)
+    return {field.name: field.default for field in dataclasses.fields(module.Args)} | module.ENV_DEFAULTS
+
+
+@pytest.mark.parametrize("a, b", list(combinations(SCRIPTS, 2)))
+def test_same_defaults(a, b):
+    """What is MAPPO's, the meta-test's or the environment's is the same for all methods."""
+    ours, theirs = defaults(a), defaults(b)
+    assert {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]} <= OF_THE_METHOD
 
 
 def test_list_of_differences_is_needed():
