@@ -88,13 +88,12 @@ def main() -> None:
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for the scripts
     variants = defaultdict(list)  # flags -> runs, each its folder and rows
     for run in args.runs:
-        given = json.loads((run / "args.json").read_text())
-        if given["script"] not in ("mg2l_mappo", "mg2l_ablations"):
-            continue
         rows = read(run)
         if not rows:
             print(f"not finished, left out: {run}")
-        elif rows[0]["setting"] == SETTING:
+            continue
+        given = json.loads((run / "args.json").read_text())
+        if given["script"] in ("mg2l_mappo", "mg2l_ablations") and rows[0]["setting"] == SETTING:
             variants[flags_of(given)].append((run, rows))
     if not variants:
         parser.error(f"got no finished run of {SETTING}, expected at least one")

@@ -8,8 +8,8 @@ A run replaces what was given before it of the same script, setting and seed, an
 meta_test.csv (one tidy row per run, step, task and phase), curves.png and .svg (Fig. 6) and adaptation.png and .svg
 (Fig. 7), and prints a Markdown table: the last evaluation of every script and environment, mean and 95 % bootstrap
 interval over seeds, and the gap closed, (R - R_floor) / (R_oracle - R_floor), where runs of task_given.py give both;
-then the means of adaptation.png. A single seed has no interval. Runs that are not finished are named and left out. The
-columns commit and hardware are those of where a run was first read, not of the run.
+then the means of adaptation.png. A single seed has no interval. A folder without a finished run is named and left out.
+The columns commit and hardware are those of where a run was first read, not of the run.
 """
 
 import argparse
@@ -38,6 +38,8 @@ COLOURS[AS_PRINTED] = "#E69F00"
 
 def read(run: Path) -> list[dict]:
     """Tidy rows of one run: means over episodes and copies for each step, task and phase; none if it is unfinished."""
+    if not all((run / name).is_file() for name in ("args.json", "meta_test.csv")):  # just begun, or a folder of runs
+        return []
     args = json.loads((run / "args.json").read_text())
     script = args["script"]
     oracle_label = "parameters" if args["env_id"] == "hopper_param" else "one-hot"

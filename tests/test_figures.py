@@ -43,10 +43,12 @@ def finished(tmp_path, monkeypatch):
 def test_table_and_figures_of_finished_runs(finished, tmp_path, monkeypatch, capsys):
     cut = finished / "none_2" / "meta_test.csv"  # not finished: it has no curve
     cut.write_text("".join(line for line in cut.read_text().splitlines(keepends=True) if "curve" not in line))
+    (finished / "folder_of_runs").mkdir()  # as --run-dir runs/folder_of_runs leaves
     capsys.readouterr()
     command(monkeypatch, ROOT / "benchmark" / "figures.py", *sorted(finished.iterdir()), "--out", tmp_path / "out")
     printed = capsys.readouterr().out
-    assert f"not finished, left out: {finished / 'none_2'}" in printed
+    for name in ("none_2", "folder_of_runs"):
+        assert f"not finished, left out: {finished / name}" in printed
     lines = [line.split("|") for line in printed.splitlines()]
     table = {cells[2].strip(): cells for cells in lines if len(cells) == 11}
     curve = next(cells[3] for cells in lines if len(cells) == 5 and cells[2].strip() == "mg2l_mappo")
