@@ -65,6 +65,7 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "kl_coef":         (0.001, 0.01, 0.01, 0.01, 0.01, 0.01),
     "inference_size":  (200, 200, 512, 512, 200, 128),
     "rollout_contexts": (8, 8, 8, 2, 8, 2),
+    "rollout_context_episodes": (2, 8, 2, 2, 2, 2),
     "warmup_episodes": (400, 400, 10, 2, 20, 4),
     "context_episodes": (2, 8, 2, 2, 2, 2),
     "context_episode_steps": (12, 12, 1000, 1000, 100, 200),
@@ -153,7 +154,7 @@ class Args:
     buffer_size: int | None = None
     """transitions of single agents that the context buffers of all tasks hold together"""
     context_episodes: int | None = None
-    """episodes that one context is drawn from"""
+    """episodes that one context is drawn from while the encoder learns"""
     context_episode_steps: int | None = None
     """steps of each of them: shorter ones buy more different starts"""
     context_copies: int | None = None
@@ -164,6 +165,8 @@ class Args:
     """iterations between two collections of context"""
     rollout_contexts: int | None = None
     """contexts encoded per task before a rollout; each step picks one"""
+    rollout_context_episodes: int | None = None
+    """episodes that each of them is drawn from"""
 
     # meta-test (Algorithm 2)
     eval_interval: int | None = None
@@ -501,7 +504,7 @@ def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, va
         context = buffer.sample(task, args.context_size, args.context_episodes)  # one per copy, fresh in every epoch
         local = encoder.local_posterior(context)  # [n, E, d]
         by_copy = [p[None, None] for p in encoder.global_posterior(*local)]  # [1, 1, E, d]
-        z = draw_z(*by_copy, len(data.state))[0]  # [T, E, d], with a gradient
+        z = draw_z(*by_copy, 1)[0].expand(len(data.state), -1, -1)  # [T, E, d], one for each copy, with a gradient
         loss_q = value_loss(critic(data.state, z), value, target, args.clip_coef, args.huber_delta)
         kl = kl_to_prior(*local)
         optimizers["critic"].zero_grad()
@@ -1026,12 +1029,14 @@ if __name__ == "__main__":
         task = torch.randint(num_tasks, (args.num_envs,), device=device)  # [E], index among the training tasks
         with torch.no_grad():  # line 10: C contexts of every task
             every = torch.arange(num_tasks, device=device).repeat(args.rollout_contexts)  # [C * N]
-            posterior = encoder.local_posterior(buffer.sample(every, args.inference_size, args.context_episodes))
+            context = buffer.sample(every, args.inference_size, args.rollout_context_episodes)
+            posterior = encoder.local_posterior(context)  # mean and standard deviation, [n, C * N, d]
             by_context = (args.rollout_contexts, num_tasks)
             local = [p.unflatten(1, by_context).transpose(0, 1)[:, :, task] for p in posterior]  # [C, n, E, d]
             z_local = draw_z(*local, num_steps)  # [n, T, E, d]
             whole = [p.unflatten(0, by_context)[:, None, task] for p in encoder.global_posterior(*posterior)]
-            z_global = draw_z(*whole, num_steps)[0]  # [T, E, d]
+            # one z per copy: values of a rollout must come from one function, or they do not telescope
+            z_global = draw_z(*whole, 1)[0].expand(num_steps, -1, -1)  # [T, E, d]
         data = rollout(train_env, actor, tasks.train[task.cpu().numpy()], z_local, env_seed)  # lines 11 and 12
         now = time.perf_counter()
         seconds["rollout"] += now - begun

@@ -232,12 +232,12 @@ def test_each_agent_by_itself():
     assert slices(value.square().sum(), list(nets.encoder.parameters())) == {0, 1, 2}
 
 
-def test_critic_reads_a_fresh_sample_for_each_step_and_a_fresh_context_of_the_right_task(monkeypatch):
+def test_critic_reads_one_sample_for_each_copy_and_a_fresh_context_of_the_right_task(monkeypatch):
     env = envs.make("hunting_target", 5, 0)
     args, nets, optimizers, buffer = small(env)
     buffer.data[..., 0] = torch.arange(3.0)[:, None, None, None]  # each task's mark
     data, z_local, z_global, task = experience(env, args, nets)
-    contexts, posteriors, samples = [], [], []
+    contexts, posteriors, samples, noises = [], [], [], []
 
     def spy(owner, name, calls):
         original = getattr(owner, name)
@@ -255,9 +255,12 @@ def test_critic_reads_a_fresh_sample_for_each_step_and_a_fresh_context_of_the_ri
     learning = [given[1] for given, _ in samples if given[1].requires_grad]
     assert len(learning) == 3 and torch.equal(samples[0][0][1], z_global)
     for z, (_, (mean, std)) in zip(learning, posteriors, strict=True):
-        noise = (z - mean) / std  # [T, E, d]
-        assert z.shape == (5, 5, 4) and 0.7 < noise.std() < 1.3 and noise.mean().abs() < 0.4
-        assert (noise.flatten(0, 1)[:, None] - noise.flatten(0, 1)).abs().amax(-1).add(torch.eye(25)).min() > 0.01
+        assert z.shape == (5, 5, 4) and (z == z[0]).all()  # [T, E, d], held for the whole rollout
+        noise = (z[0] - mean) / std  # [E, d]
+        assert (noise[:, None] - noise).abs().amax(-1).add(torch.eye(5)).min() > 0.01
+        noises.append(noise)
+    assert 0.7 < torch.stack(noises).std() < 1.3 and torch.stack(noises).mean().abs() < 0.4
+    assert not torch.equal(noises[0], noises[1])  # a new one in each epoch
 
 
 def test_encoder_learns_what_the_critic_needs():
