@@ -144,7 +144,8 @@ def test_attention_block_is_that_of_the_library():
     for a, b in zip(ours, theirs, strict=True):
         (of_ours,) = torch.autograd.grad(block(x).square().sum(), a)
         (of_theirs,) = torch.autograd.grad(library(x).square().sum(), b)
-        close(of_ours, of_theirs)
+        size = of_theirs.abs().max()  # the biases of the keys get rounding alone: softmax drops them
+        close(of_ours / size, of_theirs / size)
     close(block(x), library(x))
 
 
