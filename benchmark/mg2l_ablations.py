@@ -18,12 +18,13 @@ every agent explores, infers the task and acts on its own.
 # ablation >>>
 __doc__ = """Ablations of MG2L: other global losses, training schemes and aggregators (sections V-F and V-G).
 
-A copy of mg2l_mappo.py; what differs stands in blocks marked like this one, and with the defaults of the three flags
+A copy of mg2l_mappo.py; what differs stands in blocks marked like this one, and with the defaults of the five flags
 that they add nothing does.
 
     python benchmark/mg2l_ablations.py --global-loss none     # Fig. 11: also dynamics, task
     python benchmark/mg2l_ablations.py --scheme local_only    # Fig. 12: also global_only, and --local-loss kl
     python benchmark/mg2l_ablations.py --aggregator rnn       # Fig. 13: also transformer, gaussian_product
+    python benchmark/mg2l_ablations.py --paired-context       # docs/mg2l_mappo.md, "Contexts in pairs"
 
 I_L1O, I_NCE and the consistency KL (Fig. 12c, d) are logged in all of them, also where they train nothing. Contexts are
 drawn at random for every aggregator. Sequences longer than those they learnt on are new to transformer and rnn, so
@@ -187,6 +188,10 @@ class Args:
     """global_only: actors read z, at meta-test too; local_only: no E_G, z is all z^i side by side; both without L_L"""
     aggregator: Literal["pia", "gaussian_product", "transformer", "rnn"] = "pia"
     """what E_agg and E_G are"""
+    paired_context: bool = False
+    """the context of every task begins alike and is drawn alike: it differs by what the task changes, and no more"""
+    warmup_start_episodes: int | None = None
+    """with paired-context, how many episodes the warm-up begins on; they grow to all by its half (None: all)"""
     # <<< ablation
     similarity: Literal["dot", "cosine"] = "dot"
     """similarity of two representations in the contrastive losses"""
@@ -647,6 +652,21 @@ class ContextBuffer:
             episodes = torch.cat([self.data[:, too_many:], episodes], 1)
         self.data = episodes.contiguous()
 
+    # ablation >>>
+    newest = None  # how many of each task's episodes `sample_alike` draws from (None: all)
+
+    def sample_alike(self, num_sets: int, context_size: int, num_episodes: int) -> torch.Tensor:
+        """num_sets contexts of every task, set by set; all of a set hold the same steps of the same episodes.
+
+        As from `sample`: [num_sets * N, n, B, transition_dim].
+        """
+        data, shape = self.data[:, -(self.newest or len(self.data[0])) :], (num_sets, context_size)
+        of_context = torch.randint(data.shape[1], (num_sets, num_episodes), device=data.device)
+        episode = of_context.gather(1, torch.randint(num_episodes, shape, device=data.device))  # [num_sets, B]
+        step = torch.randint(data.shape[2], shape, device=data.device)
+        return data[:, episode, step].transpose(0, 1).flatten(0, 1).transpose(1, 2)
+
+    # <<< ablation
     def sample(self, task: torch.Tensor, context_size: int, num_episodes: int) -> torch.Tensor:
         """For task indices [Q]: contexts [Q, n, B, transition_dim], B steps each, the same for all agents."""
         device, shape = self.data.device, (len(task), context_size)
@@ -843,7 +863,12 @@ def update_encoder(args, encoder, buffer, num_tasks, optimizers, local_temperatu
     product, so there both are divided by the former.
     """
     label = torch.arange(num_tasks, device=buffer.data.device).repeat(args.context_sets)  # [Q], in a set one per task
-    x = encoder.embed(buffer.sample(label, args.context_size, args.context_episodes))
+    # ablation >>>
+    if args.paired_context:
+        x = encoder.embed(buffer.sample_alike(args.context_sets, args.context_size, args.context_episodes))
+    else:
+        x = encoder.embed(buffer.sample(label, args.context_size, args.context_episodes))
+    # <<< ablation
     posteriors = [encoder.global_posterior(x), encoder.local_posterior(x)]  # [Q, d], [n, Q, d]
     scores = [contrast(args, *posterior, num_tasks) for posterior in posteriors]  # [(n,) Q, sets - 1, N]
     loss_g = global_loss(scores[0], label, *posteriors[0], args.kl_coef)
@@ -1096,6 +1121,11 @@ def check_args(args: Args) -> None:
     expect(args.context_size <= share, "context_size", args.context_size, f"at most {share}, a task's share of buffer")
     one = iteration_steps(args, env, 1)
     expect(args.total_timesteps >= one, "total_timesteps", args.total_timesteps, f"at least one iteration, {one}")
+    # ablation >>>
+    name, begin, pairs = "warmup_start_episodes", args.warmup_start_episodes, args.paired_context
+    expect(begin is None or pairs, name, begin, "--paired-context beside it")
+    expect((begin or 0) <= args.warmup_episodes, name, begin, f"at most warmup-episodes, {args.warmup_episodes}")
+    # <<< ablation
 
 
 def expect(fine: bool, name: str, got, expected: str) -> None:
@@ -1258,6 +1288,10 @@ if __name__ == "__main__":
     num_tasks = len(tasks.train)
     warmup_env = make_env(args, num_tasks * args.warmup_episodes)
     collect_env = make_env(args, num_tasks * args.context_copies)
+    # ablation >>>
+    if args.paired_context:  # one task after the other
+        warmup_env, collect_env = make_env(args, args.warmup_episodes), make_env(args, args.context_copies)
+    # <<< ablation
     eval_env = make_env(args, args.eval_copies)
 
     seed_everything(args.seed, 0, "initialise")
@@ -1380,15 +1414,37 @@ if __name__ == "__main__":
         if iteration % args.context_interval == 0:
             env_seed = seed_everything(args.seed, iteration, "context")
             context_env = warmup_env if iteration == 0 else collect_env
-            z = torch.randn(n, args.context_episode_steps, context_env.num_envs, d, device=device)  # line 4
-            each_task = np.repeat(tasks.train, context_env.num_envs // num_tasks)
-            data = rollout(context_env, actor, each_task, z, env_seed)  # line 5
-            buffer.add(transitions(data, actor).transpose(0, 1).unflatten(0, (num_tasks, -1)))  # line 6
+            # ablation >>>
+            if args.paired_context:
+                gathered = []
+                for one in tasks.train:
+                    env_seed = seed_everything(args.seed, iteration, "context")  # the same starts, z and noise for all
+                    z = torch.randn(n, args.context_episode_steps, context_env.num_envs, d, device=device)  # line 4
+                    data = rollout(context_env, actor, np.repeat(one, context_env.num_envs), z, env_seed)  # line 5
+                    gathered.append(transitions(data, actor).transpose(0, 1))
+                buffer.add(torch.stack(gathered))  # line 6
+            else:
+                z = torch.randn(n, args.context_episode_steps, context_env.num_envs, d, device=device)  # line 4
+                each_task = np.repeat(tasks.train, context_env.num_envs // num_tasks)
+                data = rollout(context_env, actor, each_task, z, env_seed)  # line 5
+                buffer.add(transitions(data, actor).transpose(0, 1).unflatten(0, (num_tasks, -1)))  # line 6
+            # <<< ablation
             encoder.fit_input(buffer.data)
         if iteration == 0:
             now = time.perf_counter()
+            # ablation >>>
+            newest = args.warmup_start_episodes or args.warmup_episodes
+            growth = (args.warmup_episodes / newest) ** (2 / max(1, args.warmup_updates))
+            # <<< ablation
             for _ in range(args.warmup_updates):  # at a higher temperature two tasks may keep one code
+                # ablation >>>
+                buffer.newest = round(newest)  # what goes together in all episodes is found sooner in few of them
+                newest = min(newest * growth, args.warmup_episodes)
+                # <<< ablation
                 update_encoder(args, encoder, buffer, num_tasks, optimizers, args.temperature)
+            # ablation >>>
+            buffer.newest = None
+            # <<< ablation
             seconds["encoder"] += time.perf_counter() - now
             begun += time.perf_counter() - now
 

@@ -122,6 +122,9 @@ FLAGS = [("--global-loss", value) for value in GLOBAL_LOSSES[1:]]
 FLAGS += [("--scheme", value) for value in SCHEMES[1:]] + [("--aggregator", value) for value in AGGREGATORS[1:]]
 
 
+FIVE = {"global_loss", "scheme", "aggregator", "paired_context", "warmup_start_episodes"}
+
+
 @pytest.mark.parametrize("flags", FLAGS, ids=lambda flags: flags[1])
 def test_two_iterations(flags, tmp_path, monkeypatch):
     run(COPY, tmp_path, "run", *flags)
@@ -338,6 +341,72 @@ def test_task_is_classified_from_z():
     assert uniform.item() == pytest.approx((bias.logsumexp(0) - bias.mean()).item(), rel=1e-5)
 
 
-def test_flags_of_the_copy_are_three_more():
+def test_flags_of_the_copy_are_five_more():
     ours, theirs = ({field.name for field in dataclasses.fields(m.Args)} for m in (ablations, mg2l_mappo))
-    assert ours - theirs == {"global_loss", "scheme", "aggregator"} and not theirs - ours
+    assert ours - theirs == FIVE and not theirs - ours
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Context in pairs
+
+
+@pytest.mark.parametrize("paired", [True, False])
+def test_paired_context_differs_by_the_reward_alone(paired, tmp_path):
+    """The dynamics of all preys' tasks are one, so the same start and noise give the same episode."""
+    flags = ["--env-kwargs", "num_preys=3", "--warmup-episodes", "3", "--context-copies", "2"]
+    flags += ["--context-episode-steps", "7", "--paired-context" if paired else "--no-paired-context"]
+    run(COPY, tmp_path, "run", *flags)
+    context = ablations.load_checkpoint(tmp_path / "run")["context"]  # [N, 3 + 2 ..., T, n, (o, a, r, o')]
+    obs_dim = ablations.load_agents(tmp_path / "run").env.single_observation_space.shape[0]
+    reward = context[..., -obs_dim - 1]
+    experience = torch.cat([context[..., : -obs_dim - 1], context[..., -obs_dim:]], -1)
+    assert context.shape[0] == 3 and context.shape[1] >= 5 and context.shape[2:4] == (7, 3)
+    assert not torch.equal(experience[:, :2], experience[:, 2:4])  # of other episodes
+    for a, b in ((0, 1), (0, 2), (1, 2)):
+        same = (experience[a] == experience[b]).all((-1, -2))
+        assert same.all() if paired else not same.any()
+        assert (reward[a] != reward[b]).any(-1).all(-1).all()
+
+
+def test_contexts_of_a_set_are_drawn_alike_from_the_newest_episodes():
+    buffer = ablations.ContextBuffer(10)
+    tag = torch.stack(torch.meshgrid(*map(torch.arange, (3, 6, 4, 2)), indexing="ij"), -1)  # task, episode, step, agent
+    buffer.add(tag.float())
+    buffer.newest = 4
+    context = buffer.sample_alike(200, 9, 2)  # [Q, n, B, 4]
+    assert context.shape == (600, 2, 9, 4)
+    assert (context[..., 0] == torch.arange(3).repeat(200)[:, None, None]).all()
+    of_sets = context.unflatten(0, (200, 3))
+    assert torch.equal(of_sets[:, :1, ..., 1:].expand(-1, 3, -1, -1, -1), of_sets[..., 1:])
+    assert not torch.equal(of_sets[0], of_sets[1])
+    assert all(len(set(episodes.tolist())) <= 2 for episodes in context[:, 0, :, 1])
+    assert set(context[..., 1].flatten().tolist()) == {2, 3, 4, 5}
+    assert set(context[..., 2].flatten().tolist()) == {0, 1, 2, 3}
+    assert (context[..., 3] == torch.arange(2)[:, None]).all()
+    buffer.newest = None
+    assert set(buffer.sample_alike(200, 9, 2)[..., 1].flatten().tolist()) == {0, 1, 2, 3, 4, 5}
+
+
+def test_warmup_begins_on_few_episodes_and_has_all_by_its_half(tmp_path, monkeypatch):
+    drawn_from, randint = [], torch.randint
+
+    def spy(high, *args, **kwargs):
+        if args == ((2, 3),):  # of two sets, three episodes each
+            drawn_from.append(high)
+        return randint(high, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "randint", spy)
+    flags = ["--paired-context", "--warmup-start-episodes", "2", "--warmup-episodes", "32", "--warmup-updates", "8"]
+    flags += ["--context-episodes", "3", "--context-episode-steps", "5", "--total-timesteps", "1200"]
+    run(COPY, tmp_path, "run", *flags)
+    assert drawn_from[:8] == [2, 4, 8, 16, 32, 32, 32, 32]
+    assert len(drawn_from) > 8 and min(drawn_from[8:]) >= 32
+
+
+@pytest.mark.parametrize("flags", [("--warmup-start-episodes", "1"),
+                                   ("--warmup-start-episodes", "2", "--paired-context")])  # fmt: skip
+def test_a_start_that_cannot_be(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(COPY, tmp_path, "run", *flags)
+    assert stop.value.code == 2 and "warmup-start-episodes: got" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
