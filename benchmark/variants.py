@@ -4,7 +4,8 @@
 
 For each setting and script, the runs with the defaults come first. Return, accuracy and seconds are those of the last
 evaluation, as in benchmark/figures.py, whose intervals these are; "training" is the mean return of the last ten
-iterations, which is steadier, since it averages over hundreds of episodes.
+iterations, which is steadier, since it averages over hundreds of episodes. The second accuracy is that of the contexts
+that these acted on.
 """
 
 import argparse
@@ -42,11 +43,13 @@ def changed_flags(args: dict) -> str:
     return " ".join(flags)
 
 
-def last_training_return(run: Path) -> float:
-    """Mean of charts/episodic_return over the last ten iterations."""
+def last_in_training(run: Path) -> list[float | None]:
+    """Means of charts/episodic_return and charts/cl_accuracy_local over the last ten iterations; None: not logged."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    return float(np.mean([event.value for event in events.Scalars("charts/episodic_return")][-10:]))
+    logged = [f"charts/{name}" for name in ("episodic_return", "cl_accuracy_local")]
+    logged = [events.Scalars(name)[-10:] if name in events.Tags()["scalars"] else [] for name in logged]
+    return [float(np.mean([event.value for event in last])) if last else None for last in logged]
 
 
 def main() -> None:
@@ -65,14 +68,17 @@ def main() -> None:
             group[phase].append(float(np.mean([row["return"] for row in last if row["phase"] == phase])))
         told = [row["accuracy"] for row in last if row["phase"] == "posterior" and row["accuracy"] != ""]
         group["accuracy"] += [float(np.mean(told))] if told else []
-        group["training"].append(last_training_return(run))
+        returned, told = last_in_training(run)
+        group["training"].append(returned)
+        group["accuracy in training"] += [] if told is None else [told]
         group["seconds"].append(last[0]["wall_seconds"])
-    print("| setting | script | flags | seeds | exploration | after inference | training | accuracy of z^i | seconds |")
-    print("|---" * 9 + "|")
+    print("| setting | script | flags | seeds | exploration | after inference | training | accuracy of z^i |", end="")
+    print(" in training | seconds |\n" + "|---" * 10 + "|")
     for (setting, script, flags), group in sorted(groups.items()):
         cells = [setting, script, f"`{flags}`" if flags else "defaults", str(len(group["posterior"]))]
         cells += [interval(group[key]) for key in ("prior", "posterior", "training")]
-        cells.append(f"{np.mean(group['accuracy']):.2f}" if group["accuracy"] else "")
+        for key in ("accuracy", "accuracy in training"):
+            cells.append(f"{np.mean(group[key]):.2f}" if group[key] else "")
         print("| " + " | ".join([*cells, f"{np.median(group['seconds']):.0f}"]) + " |")
 
 

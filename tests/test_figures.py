@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[1]
 TINY = "--num-envs 2 --update-epochs 1 --hidden-dim 8 --num-threads 1 --no-cuda --explore-episodes 1 --test-episodes 2"
@@ -220,6 +221,12 @@ def test_table_of_variants(ablated, monkeypatch, capsys):
     }
     assert found["mg2l_mappo",] == "2"
     assert found["mg2l_mappo", "kl-coef 0.5"] == found["mg2l_ablations", "local-loss kl"] == "1"
+    (run,) = (f for f in ablated.iterdir() if json.loads((f / "args.json").read_text())["kl_coef"] == 0.5)
+    events = EventAccumulator(str(run)).Reload()
+    (cells,) = (cells for (script, flags), cells in rows.items() if "kl-coef 0.5" in flags)
+    for name, cell in (("episodic_return", cells[6].split()[0]), ("cl_accuracy_local", cells[8])):
+        last = [event.value for event in events.Scalars(f"charts/{name}")][-10:]
+        assert float(cell) == pytest.approx(np.mean(last), abs=0.051)
 
 
 def test_aggregate_by_hand(tmp_path, monkeypatch, capsys):
