@@ -656,15 +656,17 @@ class ContextBuffer:
     newest = None  # how many of each task's episodes `sample_alike` draws from (None: all)
 
     def sample_alike(self, num_sets: int, context_size: int, num_episodes: int) -> torch.Tensor:
-        """num_sets contexts of every task, set by set; all of a set hold the same steps of the same episodes.
+        """One context of each of N tasks, num_sets times: [num_sets * N, n, B, transition_dim], B steps each.
 
-        As from `sample`: [num_sets * N, n, B, transition_dim].
+        Those of a set hold the same steps of the same episodes.
         """
-        data, shape = self.data[:, -(self.newest or len(self.data[0])) :], (num_sets, context_size)
+        data = self.data[:, -(self.newest or len(self.data[0])) :]  # [N, newest, T, n, transition_dim]
+        shape = (num_sets, context_size)
         of_context = torch.randint(data.shape[1], (num_sets, num_episodes), device=data.device)
         episode = of_context.gather(1, torch.randint(num_episodes, shape, device=data.device))  # [num_sets, B]
         step = torch.randint(data.shape[2], shape, device=data.device)
-        return data[:, episode, step].transpose(0, 1).flatten(0, 1).transpose(1, 2)
+        of_task = data[:, episode, step]  # [N, num_sets, B, n, transition_dim]
+        return of_task.transpose(0, 1).flatten(0, 1).transpose(1, 2)
 
     # <<< ablation
     def sample(self, task: torch.Tensor, context_size: int, num_episodes: int) -> torch.Tensor:
@@ -1421,7 +1423,7 @@ if __name__ == "__main__":
                     env_seed = seed_everything(args.seed, iteration, "context")  # the same starts, z and noise for all
                     z = torch.randn(n, args.context_episode_steps, context_env.num_envs, d, device=device)  # line 4
                     data = rollout(context_env, actor, np.repeat(one, context_env.num_envs), z, env_seed)  # line 5
-                    gathered.append(transitions(data, actor).transpose(0, 1))
+                    gathered.append(transitions(data, actor).transpose(0, 1))  # [k, T, n, transition_dim]
                 buffer.add(torch.stack(gathered))  # line 6
             else:
                 z = torch.randn(n, args.context_episode_steps, context_env.num_envs, d, device=device)  # line 4
