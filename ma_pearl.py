@@ -88,7 +88,7 @@ class Args:
     cuda: bool = True
     """train on a GPU if there is one"""
     num_threads: int = 0
-    """CPU threads of PyTorch (0: one per core, at most 4)"""
+    """CPU threads, of PyTorch and of MuJoCo (0: one per core, at most 4)"""
     run_dir: str = "runs"
     """folder that run folders are made in"""
     run_name: str | None = None
@@ -712,7 +712,9 @@ def make_env(args: Args, num_envs: int) -> envs.MetaVectorEnv:
             settings[name] = ast.literal_eval(value)
         except (SyntaxError, TypeError, ValueError):
             raise ValueError(f"env-kwargs: got {setting!r}, expected NAME=VALUE") from None
-    return envs.make(args.env_id, num_envs, 0, **settings)
+    env = envs.make(args.env_id, num_envs, 0, **settings)
+    env.num_threads = args.num_threads
+    return env
 
 
 def iteration_steps(args: Args, env, iterations: int) -> int:

@@ -94,7 +94,7 @@ class Args:
     cuda: bool = True
     """train on a GPU if there is one"""
     num_threads: int = 0
-    """CPU threads of PyTorch (0: one per core, at most 4)"""
+    """CPU threads, of PyTorch and of MuJoCo (0: one per core, at most 4)"""
     run_dir: str = "runs"
     """folder that run folders are made in"""
     run_name: str | None = None
@@ -699,9 +699,11 @@ def contrast(args, mean, std, num_tasks: int) -> torch.Tensor:
     """
     z = mean + std * torch.randn_like(mean)
     score = similarity_scores(z, z.unflatten(-2, (-1, num_tasks)), args.similarity, args.temperature)  # [..., Q, S, N]
-    sets = torch.arange(score.shape[-2], device=z.device)
-    other = sets.repeat_interleave(num_tasks)[:, None] != sets  # [Q, S]: no set is compared with itself
-    return score[..., other, :].unflatten(-2, (-1, len(sets) - 1))
+    num_sets = score.shape[-2]
+    own = torch.arange(num_sets, device=z.device).repeat_interleave(num_tasks)[:, None]  # [Q, 1]
+    other = torch.arange(num_sets - 1, device=z.device).expand(len(own), -1)  # [Q, S - 1]
+    other = other + (other >= own)  # no set is compared with itself
+    return score.gather(-2, other[..., None].expand(*score.shape[:-2], -1, num_tasks))
 
 
 def update_encoder(args, encoder, buffer, num_tasks, optimizers, local_temperature) -> dict:
@@ -910,7 +912,9 @@ def make_env(args: Args, num_envs: int) -> envs.MetaVectorEnv:
             settings[name] = ast.literal_eval(value)
         except (SyntaxError, TypeError, ValueError):
             raise ValueError(f"env-kwargs: got {setting!r}, expected NAME=VALUE") from None
-    return envs.make(args.env_id, num_envs, 0, **settings)
+    env = envs.make(args.env_id, num_envs, 0, **settings)
+    env.num_threads = args.num_threads
+    return env
 
 
 def iteration_steps(args: Args, env, iterations: int) -> int:

@@ -28,6 +28,7 @@ import envs
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("mg2l_mappo", "task_given", "ma_pearl", "mix_mate")
+ONE_GPU = "mg2l_mappo_cudagraphs"
 
 
 def train(script: str, env_id: str, seed: int, run: Path, flags: list[str]) -> int:
@@ -72,7 +73,7 @@ def main() -> None:
         flags = ours[ours.index("--") + 1 :]
         ours = ours[: ours.index("--")]
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=SCRIPTS)
+    parser.add_argument("--scripts", nargs="+", default=SCRIPTS, choices=(*SCRIPTS, ONE_GPU))
     parser.add_argument("--env-ids", nargs="+", default=["hunting_target"], choices=envs.ENV_IDS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     parser.add_argument("--run-dir", type=Path, default=Path("runs/sweep"), help="folder of the run folders")

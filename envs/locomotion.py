@@ -10,6 +10,7 @@ import copy
 import ctypes.util
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import as_file, files
 
 # MuJoCo chooses how to draw when it is first imported, and its own choice needs a display
@@ -23,6 +24,7 @@ import numpy as np
 from envs.meta_env import MetaVectorEnv, TaskSet
 from envs.particle import check_count
 
+POOL = ThreadPoolExecutor()  # starts a thread only when there is work for it
 MARK = (220, 120, 20)  # the colour of what a picture says of the task
 
 
@@ -100,10 +102,20 @@ class LocomotionEnv(MetaVectorEnv):
         """One step of the physics under actions [E, n, act_dim]: forward velocity [E] and their |a|^2 [E]."""
         torque = actions.reshape(self.num_envs, -1).astype(np.float32)  # [E, motor]
         before = self.pos[:, 0].copy()
-        models, step, nstep = self.models, mujoco.mj_step, self.frame_skip
-        for data, own, task in zip(self.data, torque, self.task.tolist(), strict=True):
+        for data, own in zip(self.data, torque, strict=True):
             data.ctrl[:] = own
-            step(models[task], data, nstep)
+        models = [self.models[task] for task in self.task.tolist()]
+        step, nstep = mujoco.mj_step, self.frame_skip
+
+        def move(first):  # every num_threads-th copy; MuJoCo lets go of Python's lock meanwhile
+            part = slice(first, None, self.num_threads)
+            for model, data in zip(models[part], self.data[part], strict=True):
+                step(model, data, nstep)
+
+        if self.num_threads > 1:
+            list(POOL.map(move, range(self.num_threads)))
+        else:
+            move(0)
         self._read()
         return (self.pos[:, 0] - before) / self.dt, np.square(torque).sum(1)  # the sum in float32, as Gymnasium's
 
