@@ -11,8 +11,8 @@ every agent explores, infers the task and acts on its own.
 
 Networks this small keep a GPU waiting for Python, which launches hundreds of kernels one by one. Here a policy's step,
 all epochs of an update and a step of the encoder are each captured once and then replayed as one launch: the same
-functions and the same random numbers. Contexts are drawn before an update, in which nothing may wait for the GPU. On a
-CPU nothing is captured.
+functions, and to the bit what they give without (--no-cudagraphs). Contexts are drawn before an update, in which
+nothing may wait for the GPU; so a seed is another draw than in mg2l_mappo.py. On a CPU nothing is captured.
 
     python mg2l_mappo_cudagraphs.py --env-id hunting_target            # trains, meta-tests, leaves runs/...
     python mg2l_mappo_cudagraphs.py --resume runs/RUN                  # goes on where the run was cut off
@@ -99,9 +99,10 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
 class Graph:
     """A function of tensors as a CUDA graph: its kernels are captured once and from then on replayed in one launch.
 
-    The first WARMUP calls run as they are, the next is captured; a capture for each shapes of inputs, which are copied
-    to where the graph reads them. What comes back is copied as well, without gradient. The function may not wait for
-    the GPU, and of all else that it reads, tensors are read anew at each replay and anything else once.
+    The first WARMUP calls run as they are, the next is captured; a capture for each set of input shapes. Inputs are
+    copied to where the graph reads them, and what comes back is copied as well, without gradient. The function may not
+    wait for the GPU. Of all else that it reads, a tensor is read anew at each replay if it was changed in place; what
+    else changes, a name bound to another tensor too, goes unseen.
     """
 
     WARMUP = 3  # calls in which libraries and optimisers set themselves up
@@ -127,17 +128,23 @@ class Graph:
         return tree_map(lambda x: x.detach().clone(), outputs)
 
 
+# what a rollout consists of
+ROLLOUT = ("obs", "action", "log_prob", "next_obs", "reward", "state", "next_state", "terminated", "ended")
+
+
 def decide(actor, greedy: bool, obs: torch.Tensor, z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Actions and their log-probabilities. rsample gives what sample does, which would wait for the GPU."""
+    """Actions and their log-probabilities. Normal.sample would wait for the GPU; rsample draws the same numbers."""
     policy = actor(obs, z)
     action = policy.mode if greedy else policy.sample() if actor.discrete else policy.rsample()
     return action, policy.log_prob(action)
 
 
-@functools.cache
 def deciding(actor, greedy: bool) -> Graph:
-    """`decide` as a graph, the same one in each rollout."""
-    return Graph(functools.partial(decide, actor, greedy))
+    """`decide` as a graph, the same one in each rollout: the actor keeps it."""
+    graphs = vars(actor).setdefault("graphs", {})
+    if greedy not in graphs:
+        graphs[greedy] = Graph(functools.partial(decide, actor, greedy))
+    return graphs[greedy]
 
 
 @dataclass
@@ -159,9 +166,9 @@ class Args:
     run_name: str | None = None
     """name of the run folder (default: {env_id}__{script}__{seed}__{time})"""
     resume: str | None = None
-    """run folder to go on with; only total-timesteps, track, wandb-*, checkpoint-*, capture-video may differ from it"""
+    """run folder to go on with; total-timesteps, track, wandb-*, checkpoint-*, capture-video, cudagraphs may differ"""
     meta_test: str | None = None
-    """run folder to evaluate; may differ: explore-, test-episodes, eval-copies, eval-sample, seed, num-threads, cuda"""
+    """run folder to evaluate; free: explore-, test-episodes, eval-copies, -sample, seed, num-threads, cuda, cudagraphs"""
     track: bool = False
     """send the run to Weights & Biases as well"""
     wandb_project_name: str = "mg2l"
@@ -1118,7 +1125,7 @@ def parse_args() -> tuple[Args, Path | None, dict | None]:
     saved = load_checkpoint(run)
     args = Args(**saved["args"])
     given = tyro.cli(Args, default=Args(**saved["args"]))  # so that what is not given is as it was
-    free = {"resume", "meta_test", "capture_video"}
+    free = {"resume", "meta_test", "capture_video", "cudagraphs"}
     if given.resume:
         free |= {"total_timesteps", "track", "wandb_project_name", "wandb_entity", "checkpoint_interval"}
         free |= {"checkpoint_minutes"}
@@ -1206,7 +1213,7 @@ if __name__ == "__main__":
 
     for optimizer in optimizers.values():
         rate = torch.tensor(fast, device=device)  # a tensor, which replays read anew
-        optimizer.param_groups[0] |= dict(lr=rate, capturable=device.type == "cuda")
+        optimizer.param_groups[0] |= dict(lr=rate, capturable=device.type == "cuda")  # also where a checkpoint was not
     if evaluate_only:
         step = iteration_steps(args, train_env, start)
         rows = meta_test(args, eval_env, actor, encoder, round(step / args.eval_interval), device, curve=True)
@@ -1276,15 +1283,16 @@ if __name__ == "__main__":
         print(f"\n{SCRIPT}.py: {run}: {error}, expected to write; the last checkpoint is as it was", file=sys.stderr)
 
     def draw_contexts(copies: int, size: int, episodes: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Task indices [copies * N] and a context of each, for what is captured."""
+        """Task indices [copies * N] and a context of each, [copies * N, n, B, transition_dim], for what is captured."""
         label = torch.arange(num_tasks, device=device).repeat(copies)
         return label, buffer.sample(label, size, episodes)
 
-    def learn(contexts, z_local, z_global, task, *values) -> dict:
-        data = SimpleNamespace(**dict(zip(names, values, strict=True)))
+    def update_from(contexts, z_local, z_global, task, *of_rollout) -> dict:
+        """`update_mappo` with nothing but tensors for arguments; of_rollout in the order of ROLLOUT."""
+        data = SimpleNamespace(**dict(zip(ROLLOUT, of_rollout, strict=True)))
         return update_mappo(args, data, z_local, z_global, task, *networks.values(), contexts, optimizers)
 
-    learn, encoding = Graph(learn), (args, encoder, num_tasks, optimizers)
+    learn, encoding = Graph(update_from), (args, encoder, num_tasks, optimizers)
     encode_warmup, encode = (
         Graph(functools.partial(update_encoder, *encoding, temperature))
         for temperature in (args.temperature, args.local_temperature)
@@ -1318,6 +1326,7 @@ if __name__ == "__main__":
             now = time.perf_counter()
             for _ in range(args.warmup_updates):  # at a higher temperature two tasks may keep one code
                 encode_warmup(*draw_contexts(args.context_sets, args.context_size, args.context_episodes))
+            encode_warmup.captured.clear()  # and with it its memory
             seconds["encoder"] += time.perf_counter() - now
             begun += time.perf_counter() - now
 
@@ -1347,8 +1356,7 @@ if __name__ == "__main__":
         seed_everything(args.seed, iteration, "update")
         of_critic = (args.update_epochs, args.critic_context_size, args.rollout_context_episodes)
         contexts = draw_contexts(*of_critic)[1].unflatten(0, (args.update_epochs, num_tasks))
-        names, values = vars(data).keys(), vars(data).values()
-        metrics = learn(contexts, z_local, z_global, task, *values)
+        metrics = learn(contexts, z_local, z_global, task, *(getattr(data, name) for name in ROLLOUT))
         now = time.perf_counter()
         seconds["ppo"] += now - begun
         begun = now
@@ -1361,7 +1369,7 @@ if __name__ == "__main__":
         # the rest is bookkeeping
         global_step = iteration_steps(args, train_env, iteration + 1)
         metrics["charts/episodic_return"] = episodic_return(data).mean()
-        del data, values  # evaluation needs the memory
+        del data, contexts  # evaluation needs the memory
         for name, posterior in posteriors.items():  # of the contexts that the rollout acted on
             metrics[f"charts/cl_accuracy_{name}"] = cl_accuracy(contrast(args, *posterior, num_tasks), every)
         for name in [name for name, value in metrics.items() if value.dim()]:  # one value per agent

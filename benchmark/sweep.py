@@ -28,7 +28,7 @@ import envs
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("mg2l_mappo", "task_given", "ma_pearl", "mix_mate")
-ONE_GPU = "mg2l_mappo_cudagraphs"
+ONE_GPU = "mg2l_mappo_cudagraphs"  # only if asked for
 
 
 def train(script: str, env_id: str, seed: int, run: Path, flags: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""On a GPU: the numbers are those of a CPU, what is captured replays the same, and nothing in an update waits."""
+"""On a GPU: the numbers are those of a CPU, and what is captured replays the same."""
 
 import csv
 import runpy
@@ -39,7 +39,7 @@ class DrawOnCPU(TorchFunctionMode):
 
 
 def run(script, folder, iterations, *flags):
-    """A few iterations: scalars by name, one value for each, the weights at the end, and meta_test.csv."""
+    """A few iterations: scalars by name, the weights at the end, meta_test.csv, and what the script has defined."""
     argv = f"{OWN[script]} --eval-interval 10000000 --eval-copies 10 --num-threads 1 --run-name run".split()
     collected = 6000 if "warmup" in OWN[script] else 0  # at least what is collected as context
     argv += ["--total-timesteps", 3200 * iterations + collected, "--run-dir", folder, *flags]
@@ -61,7 +61,7 @@ def run(script, folder, iterations, *flags):
         for key, value in network.state_dict().items()
     }
     with open(folder / "run" / "meta_test.csv") as file:
-        return scalars, weights, list(csv.DictReader(file))
+        return scalars, weights, list(csv.DictReader(file)), module
 
 
 @pytest.mark.parametrize("script", ["mg2l_mappo", "ma_pearl", "mix_mate", "task_given"])
@@ -122,5 +122,7 @@ def test_replays_what_was_captured(env_id, tmp_path):
     runs = [
         run("mg2l_mappo_cudagraphs", tmp_path / flag, 8, *flags, flag) for flag in ("--cudagraphs", "--no-cudagraphs")
     ]
-    (_, replayed, rows), (_, launched, expected) = runs
+    (_, replayed, rows, module), (_, launched, expected, plain) = runs
     assert rows == expected and all(torch.equal(weight, launched[name]) for name, weight in replayed.items())
+    graphs = [module["learn"], module["encode"], *module["actor"].graphs.values()]
+    assert all(graph.captured for graph in graphs) and not plain["learn"].captured

@@ -7,6 +7,8 @@ import difflib
 import io
 import os
 import re
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +108,21 @@ def test_same_rollout_as_the_plain_script(env_id, greedy):
         torch.manual_seed(1)
         found.append(vars(module.rollout(env, actor, task, z, seed=0, greedy=greedy)))
     equal(*found)
+
+
+def test_what_is_captured_gets_its_own_contexts(tmp_path, monkeypatch):
+    argv = [*SHORT.split(), "--critic-context-size", 24, "--context-size", 12, "--local-temperature", 100]
+    argv += ["--total-timesteps", 500, "--run-dir", tmp_path, "--run-name", "run"]
+    monkeypatch.setattr(sys, "argv", ["mg2l_mappo_cudagraphs.py", *map(str, argv)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # Ctrl-C goes on to stop the tests
+    module = runpy.run_path(str(ROOT / "mg2l_mappo_cudagraphs.py"), run_name="__main__")
+    num_tasks, n, dim = module["num_tasks"], module["n"], len(module["encoder"].mean)
+    ((contexts, *_),) = module["learn"].calls
+    assert contexts == (2, num_tasks, n, 24, dim)
+    for graph, temperature in ((module["encode_warmup"], 16.0), (module["encode"], 100.0)):
+        ((label, context),) = graph.calls
+        assert (label, context) == ((4 * num_tasks,), (4 * num_tasks, n, 12, dim))
+        assert graph.function.args[-1] == temperature
 
 
 def train(*given):
