@@ -168,7 +168,7 @@ class Args:
     resume: str | None = None
     """run folder to go on with; total-timesteps, track, wandb-*, checkpoint-*, capture-video, cudagraphs may differ"""
     meta_test: str | None = None
-    """run folder to evaluate; free: explore-, test-episodes, eval-copies, -sample, seed, num-threads, cuda, cudagraphs"""
+    """run to evaluate; free: explore-, test-episodes, eval-copies, -sample, seed, num-threads, cuda, cudagraphs"""
     track: bool = False
     """send the run to Weights & Biases as well"""
     wandb_project_name: str = "mg2l"
