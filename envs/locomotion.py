@@ -107,13 +107,15 @@ class LocomotionEnv(MetaVectorEnv):
         models = [self.models[task] for task in self.task.tolist()]
         step, nstep = mujoco.mj_step, self.frame_skip
 
-        def move(first):  # every num_threads-th copy; MuJoCo lets go of Python's lock meanwhile
-            part = slice(first, None, self.num_threads)
+        threads = max(1, min(self.num_threads, self.num_envs // 8))  # handing out fewer copies costs more than it gains
+
+        def move(first):  # every threads-th copy; MuJoCo lets go of Python's lock meanwhile
+            part = slice(first, None, threads)
             for model, data in zip(models[part], self.data[part], strict=True):
                 step(model, data, nstep)
 
-        if self.num_threads > 1:
-            list(POOL.map(move, range(self.num_threads)))
+        if threads > 1:
+            list(POOL.map(move, range(threads)))
         else:
             move(0)
         self._read()

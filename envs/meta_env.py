@@ -52,7 +52,7 @@ class MetaVectorEnv:
     single_action_space: gym.spaces.Box | gym.spaces.Discrete  # one agent's
     state_dim: int
     tasks: TaskSet
-    num_threads = 1  # CPU threads that share the copies, in halfcheetah_dir and hopper_param; they change no bit
+    num_threads = 1  # CPU threads, at most, that share the copies of halfcheetah_dir and hopper_param; same bits
 
     def __init__(self, num_envs: int, seed: int):
         if isinstance(num_envs, bool) or not isinstance(num_envs, int | np.integer) or num_envs < 1:

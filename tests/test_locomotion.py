@@ -386,11 +386,11 @@ def test_bad_numbers_of_tasks_are_refused(name, value):
 def test_threads_change_no_bit():
     found = []
     for num_threads in (1, 3):
-        env = envs.make("hopper_param", 5, 0)
+        env = envs.make("hopper_param", 25, 0)
         env.num_threads = num_threads
         rng = np.random.default_rng(0)
         steps = [env.reset(seed=0)[0]]
         for _ in range(60):  # hoppers fall and start again
-            steps += env.step(rng.uniform(-1, 1, (5, 3, 1)).astype(np.float32))[:3]
+            steps += env.step(rng.uniform(-1, 1, (25, 3, 1)).astype(np.float32))[:3]
         found.append([*steps, env.physics])
     assert all(np.array_equal(a, b) for a, b in zip(*found, strict=True))
