@@ -1326,7 +1326,6 @@ if __name__ == "__main__":
             now = time.perf_counter()
             for _ in range(args.warmup_updates):  # at a higher temperature two tasks may keep one code
                 encode_warmup(*draw_contexts(args.context_sets, args.context_size, args.context_episodes))
-            encode_warmup.captured.clear()  # and with it its memory
             seconds["encoder"] += time.perf_counter() - now
             begun += time.perf_counter() - now
 
