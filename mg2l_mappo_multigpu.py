@@ -70,6 +70,7 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "buffer_size":     (300_000, 600_000, 1_000_000, 500_000, 100_000, 200_000),
     "context_size":    (16, 16, 512, 128, 64, 128),
     "inference_size":  (200, 200, 512, 512, 200, 128),
+    "latent_scale":    (1.0, 0.5, 1.0, 1.0, 1.0, 1.0),
     "encoder_dim":     (96, 96, 64, 64, 64, 64),
     "encoder_learning_rate": (7e-5, 1e-4, 2e-4, 3e-4, 2e-4, 2e-4),
     "context_sets":    (32, 96, 6, 3, 4, 2),
@@ -186,6 +187,8 @@ class Args:
     # task representation (Tables I to III)
     latent_dim: int = 64
     """dimensions of z and of each z^i, d"""
+    latent_scale: float | None = None
+    """means of z and of each z^i lie within (-latent_scale, latent_scale): how large they are beside what agents see"""
     encoder_dim: int | None = None
     """width of the encoder"""
     encoder_blocks: int = 1
@@ -390,8 +393,9 @@ class PIA(nn.Module):
 class TaskEncoder(nn.Module):
     """From transitions to the posteriors q(z | c) and q^i(z^i | c^i) (eq. 7)."""
 
-    def __init__(self, num_agents, transition_dim, encoder_dim, latent_dim, blocks, heads, shared):
+    def __init__(self, num_agents, transition_dim, encoder_dim, latent_dim, blocks, heads, shared, latent_scale):
         super().__init__()
+        self.latent_scale = latent_scale
         # without a standard scale of its input the encoder does not learn
         self.register_buffer("mean", torch.zeros(transition_dim))
         self.register_buffer("std", torch.ones(transition_dim))
@@ -425,11 +429,11 @@ class TaskEncoder(nn.Module):
 
     def global_posterior(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [Q, n, encoder_dim] -> mean and standard deviation of q(z | c), [Q, d]."""
-        return to_gaussian(self.global_head(self.e_global(x)[0]))
+        return to_gaussian(self.global_head(self.e_global(x)[0]), self.latent_scale)
 
     def local_posterior(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [Q, n, encoder_dim] -> mean and standard deviation of q^i(z^i | c^i), [n, Q, d]; no gradient to x."""
-        return to_gaussian(self.e_local(x.detach().transpose(0, 1)))
+        return to_gaussian(self.e_local(x.detach().transpose(0, 1)), self.latent_scale)
 
     def priorities(self, transitions: torch.Tensor, chunk: int = 512) -> torch.Tensor:
         """omega_t^i (eq. 32): how much each agent's transition tells, [n, S, transition_dim] -> [n, S], sum 1.
@@ -440,14 +444,14 @@ class TaskEncoder(nn.Module):
         return torch.cat([self.e_agg(part)[1] for part in x.split(chunk, dim=1)], -1).softmax(-1)
 
 
-def to_gaussian(raw: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A head's output as mean and standard deviation.
+def to_gaussian(raw: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """A head's output as mean and standard deviation, both in units of `scale`.
 
     tanh(3 x) saturates, so that contexts of one task, which differ a little, give nearly the same mean: a policy would
     read the difference as noise. Standard deviations start at softplus(-2) = 0.13; with 1, noise would hide the mean.
     """
     mean, spread = raw.chunk(2, -1)
-    return torch.tanh(3 * mean), F.softplus(spread - 2) + 1e-6
+    return scale * torch.tanh(3 * mean), scale * (F.softplus(spread - 2) + 1e-6)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -739,7 +743,7 @@ def contrast(args, mean, std, num_tasks: int) -> torch.Tensor:
 
     mean, std [..., Q, d], Q = S * N -> scores [..., Q, S - 1, N]
     """
-    z = mean + std * torch.randn_like(mean)
+    z = (mean + std * torch.randn_like(mean)) / args.latent_scale  # so that temperatures mean the same at every scale
     score = similarity_scores(z, z.unflatten(-2, (-1, num_tasks)), args.similarity, args.temperature)  # [..., Q, S, N]
     num_sets = score.shape[-2]
     own = torch.arange(num_sets, device=z.device).repeat_interleave(num_tasks)[:, None]  # [Q, 1]
@@ -1132,7 +1136,7 @@ def build(args: Args, env: envs.MetaVectorEnv, device: torch.device) -> dict[str
     critic = Critic(n, env.state_dim, args.latent_dim, args.hidden_dim)
     transition_dim = 2 * obs_dim + actor.action_dim + 1  # (o, a, r, o')
     dims = (transition_dim, args.encoder_dim, args.latent_dim)
-    encoder = TaskEncoder(n, *dims, args.encoder_blocks, args.encoder_heads, args.share_policy)
+    encoder = TaskEncoder(n, *dims, args.encoder_blocks, args.encoder_heads, args.share_policy, args.latent_scale)
     networks = dict(actor=actor, critic=critic, encoder=encoder, value_norm=ValueNorm())
     return {name: network.to(device) for name, network in networks.items()}
 

@@ -119,7 +119,9 @@ class Args:
 
     # what the agents are told
     task_label: Literal["one-hot", "code", "parameters", "none"] = "one-hot"
-    """one-hot task id, 64 signs for each task (as large as MG2L's z), the task's parameters, or nothing (the floor)"""
+    """one-hot task id, 64 signs for each task (as long as z), the task's parameters, or nothing (the floor)"""
+    label_scale: float = 1.0
+    """factor on the label: how large it is beside what agents see"""
 
     # meta-test (Algorithm 2)
     eval_interval: int | None = None
@@ -262,13 +264,13 @@ def seed_everything(seed: int, iteration: int, purpose: str) -> int:
     return int(env_seed)
 
 
-def told(env, task: np.ndarray, kind: str, num_steps: int, device) -> torch.Tensor:
+def told(args, env, task: np.ndarray, num_steps: int, device) -> torch.Tensor:
     """The label e of tasks (ids [E]) for every agent at every step: [n, num_steps, E, label_dim]."""
     code = np.sign(np.random.default_rng(7).standard_normal((len(env.tasks), 64)))  # drawn once and for all
     table = {"one-hot": env.tasks.labels, "code": code}
     table |= {"parameters": env.tasks.parameters, "none": np.zeros((len(env.tasks), 1))}
-    label = torch.as_tensor(table[kind][task], dtype=torch.float32, device=device)  # [E, label_dim]
-    return label.expand(env.num_agents, num_steps, *label.shape)
+    label = args.label_scale * torch.as_tensor(table[args.task_label][task], dtype=torch.float32)  # [E, label_dim]
+    return label.to(device).expand(env.num_agents, num_steps, *label.shape)
 
 
 @torch.no_grad()
@@ -414,7 +416,7 @@ def meta_test(args, env, actor, evaluation: int, device, curve: bool) -> list[di
     named = args.task_label in ("one-hot", "code")  # held-out tasks have no name that the agents could have learnt
     tested = env.tasks.train if named else env.tasks.test
     task = np.resize(tested, num_envs)  # spread evenly
-    z = told(env, task, args.task_label, num_steps, device)
+    z = told(args, env, task, num_steps, device)
     rows = []
 
     def record(phase, episode, context_steps, returns):
@@ -456,7 +458,7 @@ def write_videos(args, actor, folder: Path, iteration: int, device) -> None:
     for task in env.tasks.test:
         env_seed = seed_everything(args.seed, iteration, "video") + int(task)
         frames = []
-        z = told(env, np.array([task]), args.task_label, env.max_episode_steps, device)
+        z = told(args, env, np.array([task]), env.max_episode_steps, device)
         rollout(env, actor, np.array([task]), z, env_seed, greedy=not args.eval_sample, frames=frames)
         pictures = [Image.fromarray(frame) for frame in frames[::2]]  # every second step
         name = folder / f"task_{task}.gif"
@@ -597,7 +599,7 @@ def load_agents(run: str | Path) -> SimpleNamespace:
         return (policy.mode if greedy else policy.sample()).transpose(0, 1).numpy()
 
     def label(task):
-        return told(env, np.asarray(task), args.task_label, 1, torch.device("cpu"))[:, 0]
+        return told(args, env, np.asarray(task), 1, torch.device("cpu"))[:, 0]
 
     return SimpleNamespace(args=args, env=env, act=act, told=label, **networks)
 
@@ -632,7 +634,7 @@ def parse_args() -> tuple[Args, Path | None, dict | None]:
 def build(args: Args, env: envs.MetaVectorEnv, device: torch.device) -> dict[str, nn.Module]:
     """The networks of a run, freshly initialised."""
     n, obs_dim = env.num_agents, env.single_observation_space.shape[0]
-    label_dim = told(env, np.zeros(1, int), args.task_label, 1, device).shape[-1]
+    label_dim = told(args, env, np.zeros(1, int), 1, device).shape[-1]
     actor = Actor(n, obs_dim, label_dim, env.single_action_space, args.hidden_dim, args.share_policy)
     critic = Critic(n, env.state_dim, label_dim, args.hidden_dim)
     networks = dict(actor=actor, critic=critic, value_norm=ValueNorm())
@@ -772,7 +774,7 @@ if __name__ == "__main__":
         # lines 8 to 13: collect transitions for RL, told the task
         env_seed = seed_everything(args.seed, iteration, "rollout")
         task = tasks.train[torch.randint(num_tasks, (args.num_envs,)).numpy()]  # [E], ids
-        z = told(train_env, task, args.task_label, train_env.max_episode_steps, device)  # [n, T, E, label_dim]
+        z = told(args, train_env, task, train_env.max_episode_steps, device)  # [n, T, E, label_dim]
         data = rollout(train_env, actor, task, z, env_seed)  # lines 11 and 12
         now = time.perf_counter()
         seconds["rollout"] += now - begun

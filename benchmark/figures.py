@@ -32,6 +32,7 @@ ORACLE, FLOOR, CODE = "task_given", "task_given none", "task_given code"
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = {"mg2l_mappo": "#D55E00", "ma_pearl": "#009E73", "mix_mate": "#CC79A7", ORACLE: "#0072B2", FLOOR: "#777777"}
 COLOURS[CODE] = "#56B4E9"  # told as many numbers as z has
+COLOURS |= {f"{CODE} x0.5": "#000000", f"{ORACLE} one-hot x8": "#F0E442"}  # with --label-scale
 AS_PRINTED = "mg2l_mappo tables"  # with the flags of Tables I to III
 COLOURS[AS_PRINTED] = "#E69F00"
 
@@ -43,8 +44,9 @@ def read(run: Path) -> list[dict]:
     args = json.loads((run / "args.json").read_text())
     script = args["script"]
     oracle_label = "parameters" if args["env_id"] == "hopper_param" else "one-hot"
-    if args.get("task_label", oracle_label) != oracle_label:
-        script += f" {args['task_label']}"
+    scale = args.get("label_scale", 1)
+    if args.get("task_label", oracle_label) != oracle_label or scale != 1:
+        script += f" {args['task_label']}" + (f" x{scale:g}" if scale != 1 else "")
     if script == "mg2l_mappo" and (args["local_loss"], args["encoder_blocks"], args["kl_coef"]) == ("cmi", 2, 0.1):
         script = AS_PRINTED
     setting = " ".join([args["env_id"], *args["env_kwargs"]])

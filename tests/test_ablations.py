@@ -166,7 +166,7 @@ def made(env_id="hunting_target", **changes):
     env = envs.make(env_id, 2)
     small = dict(hidden_dim=16, latent_dim=4, encoder_dim=8, encoder_heads=2, context_size=6, inference_size=6)
     small |= dict(update_epochs=1, rollout_contexts=2, context_sets=2, context_episodes=2, share_policy=False)
-    small |= dict(temperature=16.0, rollout_context_episodes=2, critic_context_size=6)
+    small |= dict(latent_scale=0.5, temperature=16.0, rollout_context_episodes=2, critic_context_size=6)
     args = ablations.Args(env_id=env_id, **(small | changes))
     nets = SimpleNamespace(**ablations.build(args, env, torch.device("cpu")))
     groups = dict(actor=nets.actor.parameters(), critic=nets.critic.parameters())

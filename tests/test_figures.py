@@ -96,6 +96,10 @@ def test_a_table_goes_on_with_more_runs(finished, tmp_path, monkeypatch, capsys)
         rows = [row for row in csv.DictReader(file) if row["script"] == "task_given"]
     returns = {seed: [row["return"] for row in rows if row["seed"] == seed] for seed in "12"}
     assert returns["1"] == returns["2"]
+    for label, scale, name in [("code", 1, "code"), ("code", 0.5, "code x0.5"), ("one-hot", 8, "one-hot x8")]:
+        (folders[2] / "args.json").write_text(json.dumps(args | dict(task_label=label, label_scale=scale)))
+        assert {row["script"] for row in figures["read"](folders[2])} == {f"task_given {name}"}
+        assert f"task_given {name}" in figures["COLOURS"]
 
 
 def test_points_that_not_all_episodes_reached_are_left_out(finished):

@@ -62,7 +62,7 @@ def inputs_of(module):
 
 
 def make_encoder(blocks=1, shared=False, num_agents=3, dim=7):
-    encoder = TaskEncoder(num_agents, dim, 16, 5, blocks, heads=4, shared=shared).double()
+    encoder = TaskEncoder(num_agents, dim, 16, 5, blocks, heads=4, shared=shared, latent_scale=0.5).double()
     encoder.fit_input(3 * rand(50, dim) + 1)
     return encoder
 
@@ -174,7 +174,7 @@ def without_blocks(pia):
 
 
 def test_input_is_standardised_by_what_fit_input_saw():
-    encoder = TaskEncoder(2, 3, 8, 4, blocks=0, heads=1, shared=False).double()
+    encoder = TaskEncoder(2, 3, 8, 4, blocks=0, heads=1, shared=False, latent_scale=1.0).double()
     data = rand(5, 6, 2, 3) * torch.tensor([1.0, 100.0, 0.0]) + torch.tensor([5.0, -300.0, 7.0])
     encoder.fit_input(data)
     close(encoder.mean, data.reshape(-1, 3).mean(0))
@@ -204,7 +204,7 @@ def test_local_posteriors_are_each_agents_own_mlp(shared):
     mean, std = encoder.local_posterior(x)
     assert mean.shape == std.shape == (3, 4, 5) and std.min() > 0
     for i in range(3):
-        expected_mean, expected_std = to_gaussian(plain_forward(encoder.e_local, i, x[:, i]))
+        expected_mean, expected_std = to_gaussian(plain_forward(encoder.e_local, i, x[:, i]), 0.5)
         close(mean[i], expected_mean)
         close(std[i], expected_std)
     same = x[:, :1].expand(-1, 3, -1)  # agents differ by themselves, not by their inputs alone
@@ -213,11 +213,13 @@ def test_local_posteriors_are_each_agents_own_mlp(shared):
 
 def test_to_gaussian_gives_mean_and_positive_std():
     raw = torch.tensor([[1.0, -2.0, 0.0, -300.0], [3.0, 4.0, 60.0, 1.0]], dtype=torch.float64)
-    mean, std = to_gaussian(raw)
+    mean, std = to_gaussian(raw, 1.0)
     close(mean, torch.tanh(3 * raw[:, :2]))  # within (-1, 1), and soon near a corner
     assert std[0, 1] > 0 and torch.isfinite(std.log()).all()
     shift = torch.log(torch.expm1(std)) - raw[:, 2:]  # softplus of the raw number, moved by a constant at most
     close(shift[[1, 1], [0, 1]], shift[0, 0].expand(2), 2e-5)
+    for whole, half in zip((mean, std), to_gaussian(raw, 0.5), strict=True):
+        close(half, whole / 2)
 
 
 @own_or_shared

@@ -75,7 +75,9 @@ def make_env(name, num_envs):
 def small(env, **changes):
     """Arguments, networks, optimizers and a full context buffer, all small, as the script makes them."""
     wanted = dict(num_envs=env.num_envs, hidden_dim=16, latent_dim=4, encoder_dim=8, encoder_heads=2, context_size=6)
-    wanted |= dict(update_epochs=3, rollout_contexts=3, eval_copies=6, inference_size=7, context_sets=3)
+    wanted |= dict(
+        latent_scale=0.5, update_epochs=3, rollout_contexts=3, eval_copies=6, inference_size=7, context_sets=3
+    )
     wanted |= dict(context_episodes=2, temperature=16.0, rollout_context_episodes=2, critic_context_size=6)
     known = {field.name for field in dataclasses.fields(mg2l.Args)}
     args = mg2l.Args(**{name: value for name, value in (wanted | changes).items() if name in known})
@@ -764,6 +766,21 @@ def test_encoder_update_contrasts_contexts_of_the_right_tasks(form, similarity, 
     assert set(tasks.tolist()) == {0.0, 1.0, 2.0} and tasks[:num_queries].tolist() == call.label.tolist()
 
 
+def test_latent_scale_is_that_of_means_and_of_their_spread_and_leaves_scores_alone():
+    env = make_env("hunting_target", 2)
+    found = []
+    for scale in (1.0, 0.25):
+        torch.manual_seed(3)
+        args, nets, _, buffer = small(env, latent_scale=scale)
+        x = nets.encoder.embed(buffer.sample(torch.arange(6) % 3, 5, 2))
+        for posterior in (nets.encoder.global_posterior(x), nets.encoder.local_posterior(x)):
+            found.append([*(p / scale for p in posterior), mg2l.contrast(args, *posterior, 3)])
+    assert found[0][0].abs().max() > 0.1 and found[0][2].abs().max() > 1e-3
+    for whole, quarter in zip(found[:2], found[2:], strict=True):
+        for a, b in zip(whole, quarter, strict=True):
+            assert torch.equal(a, b)  # a power of two: to the last bit
+
+
 def test_local_loss_has_a_temperature_of_its_own(monkeypatch):
     env = make_env("hunting_target", 2)
     args, nets, optimizers, buffer = small(env, temperature=2.0)
@@ -781,7 +798,7 @@ def test_local_loss_has_a_temperature_of_its_own(monkeypatch):
 def test_encoder_learns_to_tell_tasks_apart(form):
     """Tasks differ in the reward alone, which each agent sees; no context is compared with itself."""
     env = make_env("hunting_target", 2)
-    settings = dict(latent_dim=8, temperature=1.0, encoder_dim=16, context_size=8)
+    settings = dict(latent_dim=8, latent_scale=1.0, temperature=1.0, encoder_dim=16, context_size=8)
     args, nets, optimizers, buffer = small(env, local_loss=form, **settings)
     for name in ("phi_g", "phi_l"):
         optimizers[name].param_groups[0]["lr"] = 3e-3
@@ -810,7 +827,9 @@ def make_memory(lengths, n=3, dim=7):
 
 
 def make_encoder(n=3, dim=7, blocks=1, shared=False):
-    given = dict(num_agents=n, transition_dim=dim, encoder_dim=16, latent_dim=5, blocks=blocks, heads=4)
+    given = dict(
+        num_agents=n, transition_dim=dim, encoder_dim=16, latent_dim=5, blocks=blocks, heads=4, latent_scale=0.5
+    )
     return mg2l.TaskEncoder(**given, shared=shared)
 
 
@@ -844,7 +863,7 @@ def test_contexts_are_of_the_agents_own_copy_and_repeat_nothing(monkeypatch):
                     steps = call.context[c, i, :, 0].long()
                     assert len(set(steps.tolist())) == size
                     assert torch.equal(call.context[c, i], memory[e][steps, i])
-                own = mg2l.to_gaussian(encoder.e_local(encoder.e_agg(encoder.e_tran(call.context[c]))[0][:, None]))
+                own = mg2l.to_gaussian(encoder.e_local(encoder.e_agg(encoder.e_tran(call.context[c]))[0][:, None]), 0.5)
                 close(mean[c, :, e], own[0][:, 0])
                 close(std[c, :, e], own[1][:, 0])
     assert torch.equal(mean[0, :, 1], mean[3, :, 1])  # one context for all

@@ -653,6 +653,7 @@ ANY = {
     # of scripts that infer something
     "encoder_learning_rate": numbers(1e-6, 1e-2),
     "latent_dim": st.integers(1, 9),
+    "latent_scale": numbers(0.1, 10),
     "encoder_dim": st.sampled_from([4, 8, 12]),
     "encoder_blocks": st.integers(0, 2),
     "encoder_heads": st.sampled_from([1, 2, 4]),
@@ -681,6 +682,7 @@ ANY = {
     "decoded_steps": st.integers(1, 1000),
     "reset_per_episode": st.booleans(),
     "task_label": st.sampled_from(["one-hot", "code", "parameters", "none"]),
+    "label_scale": numbers(0.1, 10),
 }
 
 

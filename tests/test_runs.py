@@ -431,11 +431,14 @@ def test_load_agents(script, trained):
 
 def test_code_tells_tasks_apart_and_nothing_else():
     env = envs.make("hunting_target", 1)
-    code = task_given.told(env, np.array([0, 1, 2, 1]), "code", 5, "cpu")  # [n, T, E, 64]
+    args = task_given.Args(task_label="code")
+    code = task_given.told(args, env, np.array([0, 1, 2, 1]), 5, "cpu")  # [n, T, E, 64]
     assert code.shape == (env.num_agents, 5, 4, 64) and (code.abs() == 1).all()
     assert (code == code[:1, :1]).all() and (code[:, :, 1] == code[:, :, 3]).all()
     differ = (code[0, 0, :3, None] != code[0, 0, None, :3]).sum(-1)  # [tasks, tasks]
     assert (differ.fill_diagonal_(32) > 16).all()
+    args.label_scale = 0.25
+    assert torch.equal(task_given.told(args, env, np.array([0, 1, 2, 1]), 5, "cpu"), code / 4)
 
 
 @every_script
@@ -453,7 +456,7 @@ POSITIVE = (
 ).split()
 CONTEXT_POSITIVE = (
     "latent_dim encoder_dim encoder_heads temperature context_size inference_size buffer_size context_episodes "
-    "context_copies warmup_episodes context_interval context_sets rollout_contexts encoder_learning_rate "
+    "latent_scale context_copies warmup_episodes context_interval context_sets rollout_contexts encoder_learning_rate "
     "context_episode_steps rollout_context_size rollout_context_episodes critic_context_size local_temperature"
 ).split()
 BAD = [  # flags, what the line must say
@@ -499,6 +502,7 @@ BAD_CONTEXT = [
     ("--total-timesteps 271 --num-envs 2 --warmup-episodes 2", "total-timesteps: got 271"),
 ]
 TABLE = [(script, *row) for script in MODULES for row in BAD] + [("mg2l_mappo", *row) for row in BAD_CONTEXT]
+TABLE.append(("task_given", "--label-scale 0", "label-scale: got 0"))
 
 
 def one_line(result, script, word):
