@@ -119,9 +119,9 @@ class Args:
 
     # what the agents are told
     task_label: Literal["one-hot", "code", "parameters", "none"] = "one-hot"
-    """one-hot task id, 64 signs for each task (as long as z), the task's parameters, or nothing (the floor)"""
+    """one-hot task id, 64 signs for each task (as many as z has), the task's parameters, or nothing (the floor)"""
     label_scale: float = 1.0
-    """factor on the label: how large it is beside what agents see"""
+    """factor on the label: the larger, the more policies read it and not observations"""
 
     # meta-test (Algorithm 2)
     eval_interval: int | None = None

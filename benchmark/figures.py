@@ -32,7 +32,7 @@ ORACLE, FLOOR, CODE = "task_given", "task_given none", "task_given code"
 # Okabe and Ito's colours, which the colour-blind can tell apart
 COLOURS = {"mg2l_mappo": "#D55E00", "ma_pearl": "#009E73", "mix_mate": "#CC79A7", ORACLE: "#0072B2", FLOOR: "#777777"}
 COLOURS[CODE] = "#56B4E9"  # told as many numbers as z has
-COLOURS |= {f"{CODE} x0.5": "#000000", f"{ORACLE} one-hot x8": "#F0E442"}  # with --label-scale
+COLOURS |= {f"{CODE} x0.5": "#000000", f"{ORACLE} one-hot x8": "#A0522D"}  # with --label-scale
 AS_PRINTED = "mg2l_mappo tables"  # with the flags of Tables I to III
 COLOURS[AS_PRINTED] = "#E69F00"
 

@@ -171,7 +171,7 @@ class Args:
     latent_dim: int = 64
     """dimensions of z and of each z^i, d"""
     latent_scale: float | None = None
-    """means of z and of each z^i lie within (-latent_scale, latent_scale): how large they are beside what agents see"""
+    """means of z and z^i lie within plus and minus this: the larger, the more policies read z and not observations"""
     encoder_dim: int | None = None
     """width of the encoder"""
     encoder_blocks: int = 1
@@ -199,7 +199,7 @@ class Args:
     similarity: Literal["dot", "cosine"] = "dot"
     """similarity of two representations in the contrastive losses"""
     temperature: float = 16.0
-    """similarity is divided by it, in L_G and, in the warm-up, in L_L: the higher, the softer the comparison"""
+    """similarity of z / latent_scale is divided by it, in L_G and, in the warm-up, in L_L: the higher, the softer"""
     local_temperature: float | None = None
     """the same in L_L after the warm-up; at 128 a z^i in doubt takes the likelier task's code, not one between"""
     context_size: int | None = None
@@ -528,7 +528,7 @@ class TaskEncoder(nn.Module):
 
 
 def to_gaussian(raw: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """A head's output as mean and standard deviation, both in units of `scale`.
+    """A head's output as mean and standard deviation, both times `scale`.
 
     tanh(3 x) saturates, so that contexts of one task, which differ a little, give nearly the same mean: a policy would
     read the difference as noise. Standard deviations start at softplus(-2) = 0.13; with 1, noise would hide the mean.
@@ -586,7 +586,7 @@ def global_loss(scores, label, mean, std, kl_coef) -> torch.Tensor:
 # ablation >>>
 def prediction_loss(args, encoder, buffer, label, mean, std) -> torch.Tensor:
     """In place of L_G: z must predict the task [Q], or what other transitions of it led to; and the KL to the prior."""
-    z = mean + std * torch.randn_like(mean)  # [Q, d]
+    z = (mean + std * torch.randn_like(mean)) / args.latent_scale  # [Q, d]
     if args.global_loss == "task":
         loss = F.cross_entropy(encoder.predictor(z), label)
     else:

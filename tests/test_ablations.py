@@ -253,6 +253,10 @@ def test_local_only_puts_all_z_side_by_side():
     x = torch.randn(5, 3, 8)
     local, whole = of.nets.encoder.local_posterior(x), of.nets.encoder.global_posterior(x)
     assert torch.equal(whole[0], torch.cat(list(local[0]), -1)) and torch.equal(whole[1], torch.cat(list(local[1]), -1))
+    for half, one in zip(
+        whole, made(scheme="local_only", latent_scale=1.0).nets.encoder.global_posterior(x), strict=True
+    ):
+        assert torch.equal(half, one / 2)
     assert of.nets.critic.layers[0].in_features == of.env.state_dim + 3 * 4
     base = made()
     assert base.nets.critic.layers[0].in_features == base.env.state_dim + 4
@@ -323,7 +327,8 @@ def test_dynamics_are_predicted_from_z_o_and_a(env_id):
     encoder = SimpleNamespace(**vars(of.nets.encoder), predictor=knows, mean=torch.zeros(1), std=torch.ones(1))
     loss = ablations.prediction_loss(of.args, encoder, of.buffer, label, mean, torch.zeros_like(mean) + 1e-9)
     assert loss.item() == pytest.approx(0, abs=1e-9)
-    assert torch.allclose(seen[0][..., :4], mean[:, None].expand(-1, 6, -1), atol=1e-6)
+    told = mean[:, None].expand(-1, 6, -1) / of.args.latent_scale
+    assert torch.allclose(seen[0][..., :4], told, atol=1e-6)
     assert of.nets.encoder.predictor(seen[0]).shape == (2, 6, n * (1 + obs_dim))
 
 

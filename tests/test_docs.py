@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import mg2l_mappo
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("docs/*.md"), ROOT / "README.md"])
 spec = importlib.util.spec_from_file_location("lines", ROOT / "docs" / "lines.py")
@@ -30,3 +32,9 @@ def test_a_thing_that_is_gone_is_noticed():
     with pytest.raises(KeyError):
         lines.pointed("[`no_such_function`](../mg2l_mappo.py#L1)")
     assert lines.pointed("[`gae`](../mg2l_mappo.py#L1-L2)") != "[`gae`](../mg2l_mappo.py#L1-L2)"
+
+
+@pytest.mark.parametrize("env_id", ["hunting_target", "spread_target"])
+def test_shipped_runs_are_of_this_version(env_id):
+    agents = mg2l_mappo.load_agents(ROOT / "benchmark" / "results" / env_id)
+    assert agents.args.env_id == env_id
