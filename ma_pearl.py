@@ -143,6 +143,8 @@ class Args:
     # task representation (Tables I to III)
     latent_dim: int | None = None
     """dimensions of z and of each z^i, d (Table I: 64)"""
+    explore_scale: float = 1.0
+    """agents explore on z from N(0, I) times this (the paper: 1)"""
     encoder_dim: int | None = None
     """width of the encoder (Table I: 64)"""
     kl_coef: float | None = None
@@ -625,7 +627,7 @@ def meta_test(args, env, actor, encoder, evaluation: int, device, curve: bool) -
             rows[-1] |= {"return": episodic, "accuracy": accuracy, "probe": probe}
 
     for episode in range(args.explore_episodes):  # lines 1 to 7
-        z = torch.randn(n, num_steps, num_envs, args.latent_dim, device=device)  # line 3
+        z = args.explore_scale * torch.randn(n, num_steps, num_envs, args.latent_dim, device=device)  # line 3
         data = rollout(env, actor, task, z, env_seed + episode)
         record("prior", episode, [()] * num_envs, episodic_return(data))
         lived, kept = transitions(data, actor), first_episode(data.ended)  # [T, E, n, transition_dim], [T, E]
@@ -675,7 +677,7 @@ def write_videos(args, actor, encoder, folder: Path, iteration: int, device) -> 
         memory = []
         for episode in reversed(range(args.explore_episodes)):
             prior_frames, posterior_frames = frames.values()
-            z = torch.randn(env.num_agents, num_steps, 1, args.latent_dim, device=device)
+            z = args.explore_scale * torch.randn(env.num_agents, num_steps, 1, args.latent_dim, device=device)
             kept = None if episode else prior_frames
             data = rollout(env, actor, np.array([task]), z, env_seed + episode, frames=kept)
             memory.append(transitions(data, actor)[first_episode(data.ended)[:, 0], 0])
@@ -839,7 +841,7 @@ def load_agents(run: str | Path) -> SimpleNamespace:
         mean, std = infer(networks["encoder"], memory, args.inference_size, 1, args.latent_dim)
         return (mean + std * torch.randn_like(mean))[0]
 
-    prior = lambda num_envs: torch.randn(env.num_agents, num_envs, args.latent_dim)  # noqa: E731
+    prior = lambda num_envs: args.explore_scale * torch.randn(env.num_agents, num_envs, args.latent_dim)  # noqa: E731
     return SimpleNamespace(args=args, env=env, act=act, prior=prior, infer=posterior, **networks)
 
 
@@ -1021,6 +1023,7 @@ if __name__ == "__main__":
             env_seed = seed_everything(args.seed, iteration, "context")
             context_env = warmup_env if iteration == 0 else collect_env
             z = torch.randn(n, args.context_episode_steps, context_env.num_envs, d, device=device)  # line 4
+            z *= args.explore_scale
             each_task = np.repeat(tasks.train, context_env.num_envs // num_tasks)
             data = rollout(context_env, actor, each_task, z, env_seed)  # line 5
             buffer.add(transitions(data, actor).transpose(0, 1).unflatten(0, (num_tasks, -1)))  # line 6

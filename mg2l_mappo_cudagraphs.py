@@ -72,21 +72,23 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "context_size":    (16, 16, 512, 128, 64, 128),
     "inference_size":  (200, 200, 512, 512, 200, 128),
     "latent_scale":    (1.0, 0.5, 1.0, 1.0, 1.0, 1.0),
-    "encoder_dim":     (96, 96, 64, 64, 64, 64),
+    "explore_scale":   (1.0, 2.0, 1.0, 1.0, 1.0, 1.0),
+    "encoder_dim":     (96, 64, 64, 64, 64, 64),
     "encoder_learning_rate": (7e-5, 1e-4, 2e-4, 3e-4, 2e-4, 2e-4),
+    "warmup_learning_rate": (5e-4, 2e-3, 5e-4, 5e-4, 5e-4, 5e-4),
     "context_sets":    (32, 96, 6, 3, 4, 2),
     "rollout_contexts": (8, 8, 8, 2, 8, 2),
     "rollout_context_size": (200, 200, 512, 512, 200, 128),
     "rollout_context_episodes": (64, 64, 2, 2, 2, 2),
     "critic_context_size": (64, 200, 512, 128, 64, 128),
     "local_temperature": (128.0, 128.0, 16.0, 16.0, 16.0, 16.0),
-    "encoder_updates": (2, 5, 5, 10, 5, 5),
+    "encoder_updates": (2, 1, 5, 10, 5, 5),
     "warmup_episodes": (1500, 2000, 10, 2, 20, 4),
-    "warmup_updates":  (300, 1200, 200, 200, 300, 60),
+    "warmup_updates":  (300, 500, 200, 200, 300, 60),
     "context_episodes": (8, 8, 2, 2, 2, 2),
     "context_episode_steps": (12, 12, 1000, 1000, 100, 200),
     "context_copies":  (40, 40, 1, 1, 1, 1),
-    "context_interval": (5, 5, 1, 5, 2, 2),
+    "context_interval": (5, 10, 1, 5, 2, 2),
     "share_policy":    (False, False, False, False, False, True),
     "eval_sample":     (False, False, False, False, True, False),
 }
@@ -189,9 +191,11 @@ class Args:
     num_envs: int = 32
     """copies of the environment that gather experience for the policies, E"""
     learning_rate: float = 5e-4
-    """of actors and critic, and of the encoder in its warm-up; decays linearly to 0"""
+    """of actors and critic; decays linearly to 0"""
     encoder_learning_rate: float | None = None
     """of the encoder after its warm-up: slow, since a policy is wrong as soon as a task's z moves (Table II: 5e-4)"""
+    warmup_learning_rate: float | None = None
+    """of the encoder in its warm-up, before the policies learn; constant"""
     adam_eps: float = 1e-5
     """epsilon of every Adam"""
     gamma: float = 0.99
@@ -218,6 +222,8 @@ class Args:
     """dimensions of z and of each z^i, d"""
     latent_scale: float | None = None
     """means of z and z^i lie within plus and minus this: the larger, the more policies read z and not observations"""
+    explore_scale: float | None = None
+    """agents explore on z from N(0, I) times this (the paper: 1)"""
     encoder_dim: int | None = None
     """width of the encoder"""
     encoder_blocks: int = 1
@@ -894,7 +900,7 @@ def meta_test(args, env, actor, encoder, evaluation: int, device, curve: bool) -
             rows[-1] |= {"return": episodic, "accuracy": accuracy, "probe": probe}
 
     for episode in range(args.explore_episodes):  # lines 1 to 7
-        z = torch.randn(n, num_steps, num_envs, args.latent_dim, device=device)  # line 3
+        z = args.explore_scale * torch.randn(n, num_steps, num_envs, args.latent_dim, device=device)  # line 3
         data = rollout(env, actor, task, z, env_seed + episode)
         record("prior", episode, [()] * num_envs, episodic_return(data))
         lived, kept = transitions(data, actor), first_episode(data.ended)  # [T, E, n, transition_dim], [T, E]
@@ -944,7 +950,7 @@ def write_videos(args, actor, encoder, folder: Path, iteration: int, device) -> 
         memory = []
         for episode in reversed(range(args.explore_episodes)):
             prior_frames, posterior_frames = frames.values()
-            z = torch.randn(env.num_agents, num_steps, 1, args.latent_dim, device=device)
+            z = args.explore_scale * torch.randn(env.num_agents, num_steps, 1, args.latent_dim, device=device)
             kept = None if episode else prior_frames
             data = rollout(env, actor, np.array([task]), z, env_seed + episode, frames=kept)
             memory.append(transitions(data, actor)[first_episode(data.ended)[:, 0], 0])
@@ -1112,7 +1118,7 @@ def load_agents(run: str | Path) -> SimpleNamespace:
         mean, std = infer(networks["encoder"], memory, args.inference_size, 1, args.latent_dim)
         return (mean + std * torch.randn_like(mean))[0]
 
-    prior = lambda num_envs: torch.randn(env.num_agents, num_envs, args.latent_dim)  # noqa: E731
+    prior = lambda num_envs: args.explore_scale * torch.randn(env.num_agents, num_envs, args.latent_dim)  # noqa: E731
     return SimpleNamespace(args=args, env=env, act=act, prior=prior, infer=posterior, **networks)
 
 
@@ -1197,8 +1203,9 @@ if __name__ == "__main__":
     }
     slow, fast = args.encoder_learning_rate, args.learning_rate
     learning_rate = dict(actor=fast, critic=fast, phi_g=slow, phi_l=slow)  # after the encoder's warm-up
-    optimizers = {
-        name: torch.optim.Adam(params, lr=fast, eps=args.adam_eps, fused=True) for name, params in parameters.items()
+    optimizers = {  # every iteration sets their rates anew
+        name: torch.optim.Adam(params, lr=args.warmup_learning_rate, eps=args.adam_eps, fused=True)
+        for name, params in parameters.items()
     }
     n, num_steps, d = train_env.num_agents, train_env.max_episode_steps, args.latent_dim
     buffer = ContextBuffer(max(1, args.buffer_size // (num_tasks * n * args.context_episode_steps)))
@@ -1216,7 +1223,7 @@ if __name__ == "__main__":
             fail(f"{run / 'meta_test.csv'}: got {csv_bytes} bytes, expected at least {saved['csv_bytes']}")
 
     for optimizer in optimizers.values():
-        rate = torch.tensor(fast, device=device)  # a tensor, which replays read anew
+        rate = torch.tensor(args.warmup_learning_rate, device=device)  # a tensor, which replays read anew
         optimizer.param_groups[0] |= dict(lr=rate, capturable=device.type == "cuda")  # also where a checkpoint was not
     if evaluate_only:
         step = iteration_steps(args, train_env, start)
@@ -1322,6 +1329,7 @@ if __name__ == "__main__":
             env_seed = seed_everything(args.seed, iteration, "context")
             context_env = warmup_env if iteration == 0 else collect_env
             z = torch.randn(n, args.context_episode_steps, context_env.num_envs, d, device=device)  # line 4
+            z *= args.explore_scale
             each_task = np.repeat(tasks.train, context_env.num_envs // num_tasks)
             data = rollout(context_env, actor, each_task, z, env_seed)  # line 5
             buffer.add(transitions(data, actor).transpose(0, 1).unflatten(0, (num_tasks, -1)))  # line 6

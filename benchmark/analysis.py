@@ -59,7 +59,7 @@ def explore(module, agents, env, task: np.ndarray, seed: int) -> list[torch.Tens
             data = module.rollout_recurrent(env, actor, encoder, task, seed + episode, recalled)
             lived = module.own_past(actor, data.obs, data.action, data.reward).permute(1, 2, 0, 3)  # [T, E, n, dim]
         else:
-            z = torch.randn(env.num_agents, env.max_episode_steps, env.num_envs, args.latent_dim)
+            z = args.explore_scale * torch.randn(env.num_agents, env.max_episode_steps, env.num_envs, args.latent_dim)
             data = module.rollout(env, actor, task, z, seed + episode)
             lived = module.transitions(data, actor)
         kept = module.first_episode(data.ended)  # [T, E]

@@ -40,7 +40,7 @@ def main() -> None:
     n, num_steps, latent_dim = env.num_agents, env.max_episode_steps, agents.args.latent_dim
     memory = []
     for episode in range(agents.args.explore_episodes):
-        z = torch.randn(n, num_steps, len(task), latent_dim)
+        z = agents.args.explore_scale * torch.randn(n, num_steps, len(task), latent_dim)
         memory.append(mg2l_mappo.transitions(mg2l_mappo.rollout(env, agents.actor, task, z, 1 + episode), agents.actor))
     memory = torch.cat(memory)  # [S, E, n, transition_dim]
     memory = list(memory.transpose(0, 1))

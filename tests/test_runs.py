@@ -447,6 +447,30 @@ def test_load_agents_refuses(script, tmp_path):
         MODULES[script].load_agents(tmp_path)
 
 
+@pytest.mark.parametrize("script", ["mg2l_mappo", "ma_pearl"])
+def test_agents_explore_on_a_prior_of_explore_scale(script, tmp_path):
+    """In the context that is collected, and where a run is loaded; at meta-test: tests of meta_test."""
+    contexts, deviations = [], []
+    for scale in (1, 3):
+        flags = [*SMALL, "--warmup-episodes", 2, "--context-episode-steps", 20, "--total-timesteps", 400]
+        assert call(script, *flags, "--explore-scale", scale, "--run-dir", tmp_path, "--run-name", scale).code == 0
+        contexts.append(torch.load(tmp_path / str(scale) / "checkpoint.pt")["context"])
+        prior = runpy.run_path(str(ROOT / f"{script}.py"))["load_agents"](tmp_path / str(scale)).prior(500)
+        deviations.append(prior.std().item())
+    assert contexts[0].shape == contexts[1].shape and not torch.equal(*contexts)  # all else is equal
+    assert deviations == pytest.approx([1, 3], rel=0.05)
+
+
+def test_encoder_learns_at_its_rates(tmp_path, monkeypatch):
+    """In the warm-up, in the epochs of PPO beside critic and actors, and after them."""
+    rates, step = [], torch.optim.Adam.step
+    recording = lambda adam, *args: (rates.append(float(adam.param_groups[0]["lr"])), step(adam, *args))  # noqa: E731
+    monkeypatch.setattr(torch.optim.Adam, "step", recording)
+    flags = "--learning-rate 0.001 --encoder-learning-rate 0.002 --warmup-learning-rate 0.003 --total-timesteps 800"
+    assert call("mg2l_mappo", *SMALL, *CONTEXT, *flags.split(), "--run-dir", tmp_path).code == 0
+    assert rates == 2 * [0.003, 0.003] + 2 * [0.001, 0.002, 0.001] + 2 * [0.002, 0.002]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # What is refused: exit code 2, one line, nothing written
 
@@ -456,8 +480,9 @@ POSITIVE = (
 ).split()
 CONTEXT_POSITIVE = (
     "latent_dim encoder_dim encoder_heads temperature context_size inference_size buffer_size context_episodes "
-    "latent_scale context_copies warmup_episodes context_interval context_sets rollout_contexts encoder_learning_rate "
-    "context_episode_steps rollout_context_size rollout_context_episodes critic_context_size local_temperature"
+    "latent_scale explore_scale context_copies warmup_episodes context_interval context_sets rollout_contexts "
+    "encoder_learning_rate warmup_learning_rate context_episode_steps rollout_context_size rollout_context_episodes "
+    "critic_context_size local_temperature"
 ).split()
 BAD = [  # flags, what the line must say
     *(([f"--{name.replace('_', '-')}", "0"], name.replace("_", "-")) for name in POSITIVE),
