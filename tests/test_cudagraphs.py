@@ -24,7 +24,7 @@ import mg2l_mappo_cudagraphs as twin
 ROOT = Path(__file__).parents[1]
 SHORT = "--num-envs 4 --update-epochs 2 --warmup-episodes 2 --warmup-updates 2 --context-copies 2 --eval-copies 3"
 SHORT += " --context-sets 4 --buffer-size 3000 --context-interval 1 --inference-size 20 --rollout-context-size 20"
-SHORT += " --num-threads 1 --no-cuda --checkpoint-interval 1 --warmup-learning-rate 1e-3"
+SHORT += " --num-threads 1 --no-cuda --checkpoint-interval 1"
 
 
 def test_differs_by_capture_alone():

@@ -20,7 +20,6 @@ ALONE = {key: value for key, value in os.environ.items() if key not in ("RANK", 
 SHORT = "--num-envs 4 --update-epochs 2 --warmup-episodes 2 --warmup-updates 2 --context-copies 2 --eval-copies 10"
 SHORT += " --context-sets 4 --env-id hunting_target --buffer-size 3000"
 SHORT += " --context-interval 1 --inference-size 20 --rollout-context-size 20 --num-threads 1 --seed 3"
-SHORT += " --warmup-learning-rate 1e-3"
 
 
 def launch(*command, processes=2):

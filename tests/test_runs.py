@@ -461,14 +461,15 @@ def test_agents_explore_on_a_prior_of_explore_scale(script, tmp_path):
     assert deviations == pytest.approx([1, 3], rel=0.05)
 
 
-def test_encoder_learns_at_its_rates(tmp_path, monkeypatch):
+@pytest.mark.parametrize("script", ["mg2l_mappo", "mg2l_mappo_cudagraphs", "mg2l_mappo_multigpu"])
+def test_encoder_learns_at_its_rates(script, tmp_path, monkeypatch):
     """In the warm-up, in the epochs of PPO beside critic and actors, and after them."""
     rates, step = [], torch.optim.Adam.step
     recording = lambda adam, *args: (rates.append(float(adam.param_groups[0]["lr"])), step(adam, *args))  # noqa: E731
     monkeypatch.setattr(torch.optim.Adam, "step", recording)
     flags = "--learning-rate 0.001 --encoder-learning-rate 0.002 --warmup-learning-rate 0.003 --total-timesteps 800"
-    assert call("mg2l_mappo", *SMALL, *CONTEXT, *flags.split(), "--run-dir", tmp_path).code == 0
-    assert rates == 2 * [0.003, 0.003] + 2 * [0.001, 0.002, 0.001] + 2 * [0.002, 0.002]
+    assert call(script, *SMALL, *CONTEXT, *flags.split(), "--no-cuda", "--run-dir", tmp_path).code == 0
+    assert rates == pytest.approx(2 * [0.003, 0.003] + 2 * [0.001, 0.002, 0.001] + 2 * [0.002, 0.002])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
