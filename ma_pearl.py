@@ -96,7 +96,8 @@ class Args:
     resume: str | None = None
     """run folder to go on with; only total-timesteps, track, wandb-*, checkpoint-*, capture-video may differ from it"""
     meta_test: str | None = None
-    """run folder to evaluate; may differ: explore-, test-episodes, eval-copies, eval-sample, seed, num-threads, cuda"""
+    """run folder to evaluate; may differ: explore-episodes, test-episodes, eval-copies, eval-sample, seed, num-threads,
+    cuda"""
     track: bool = False
     """send the run to Weights & Biases as well"""
     wandb_project_name: str = "mg2l"
@@ -554,7 +555,7 @@ def infer(encoder, memory, context_size, num_contexts, latent_dim) -> tuple[torc
     """Each agent's posterior from its own transitions alone (Algorithm 2, lines 6 and 10).
 
     memory: for each of E copies what its agents went through, [S, n, transition_dim]; S may differ, and be 0
-    Returns mean and standard deviation of `num_contexts` posteriors, [C, n, E, d]; the prior where nothing is stored.
+    Returns mean and standard deviation of `num_contexts` posteriors, [C, n, E, d]; N(0, I) where nothing is.
     """
     means, stds = [], []
     for lived in memory:

@@ -73,16 +73,15 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "inference_size":  (200, 200, 512, 512, 200, 128),
     "latent_scale":    (1.0, 0.5, 1.0, 1.0, 1.0, 1.0),
     "explore_scale":   (1.0, 2.0, 1.0, 1.0, 1.0, 1.0),
-    "encoder_dim":     (96, 64, 64, 64, 64, 64),
     "encoder_learning_rate": (7e-5, 1e-4, 2e-4, 3e-4, 2e-4, 2e-4),
-    "warmup_learning_rate": (5e-4, 2e-3, 5e-4, 5e-4, 5e-4, 5e-4),
+    "warmup_learning_rate": (2e-3, 2e-3, 5e-4, 5e-4, 5e-4, 5e-4),
     "context_sets":    (32, 96, 6, 3, 4, 2),
     "rollout_contexts": (8, 8, 8, 2, 8, 2),
     "rollout_context_size": (200, 200, 512, 512, 200, 128),
     "rollout_context_episodes": (64, 64, 2, 2, 2, 2),
     "critic_context_size": (64, 200, 512, 128, 64, 128),
     "local_temperature": (128.0, 128.0, 16.0, 16.0, 16.0, 16.0),
-    "encoder_updates": (2, 1, 5, 10, 5, 5),
+    "encoder_updates": (1, 1, 5, 10, 5, 5),
     "warmup_episodes": (1500, 2000, 10, 2, 20, 4),
     "warmup_updates":  (300, 500, 200, 200, 300, 60),
     "context_episodes": (8, 8, 2, 2, 2, 2),
@@ -171,7 +170,8 @@ class Args:
     resume: str | None = None
     """run folder to go on with; total-timesteps, track, wandb-*, checkpoint-*, capture-video, cudagraphs may differ"""
     meta_test: str | None = None
-    """run to evaluate; free: explore-, test-episodes, eval-copies, -sample, seed, num-threads, cuda, cudagraphs"""
+    """run folder to evaluate; may differ: explore-episodes, test-episodes, eval-copies, eval-sample, seed, num-threads,
+    cuda, cudagraphs"""
     track: bool = False
     """send the run to Weights & Biases as well"""
     wandb_project_name: str = "mg2l"
@@ -193,7 +193,7 @@ class Args:
     learning_rate: float = 5e-4
     """of actors and critic; decays linearly to 0"""
     encoder_learning_rate: float | None = None
-    """of the encoder after its warm-up: slow, since a policy is wrong as soon as a task's z moves (Table II: 5e-4)"""
+    """of the encoder after its warm-up; decays too; slow, or policies are wrong as soon as z moves (Table II: 5e-4)"""
     warmup_learning_rate: float | None = None
     """of the encoder in its warm-up, before the policies learn; constant"""
     adam_eps: float = 1e-5
@@ -224,7 +224,7 @@ class Args:
     """means of z and z^i lie within plus and minus this: the larger, the more policies read z and not observations"""
     explore_scale: float | None = None
     """agents explore on z from N(0, I) times this (the paper: 1)"""
-    encoder_dim: int | None = None
+    encoder_dim: int = 64
     """width of the encoder"""
     encoder_blocks: int = 1
     """attention blocks before each permutation-invariant head (Table I: 2)"""
@@ -826,7 +826,7 @@ def infer(encoder, memory, context_size, num_contexts, latent_dim) -> tuple[torc
     """Each agent's posterior from its own transitions alone (Algorithm 2, lines 6 and 10).
 
     memory: for each of E copies what its agents went through, [S, n, transition_dim]; S may differ, and be 0
-    Returns mean and standard deviation of `num_contexts` posteriors, [C, n, E, d]; the prior where nothing is stored.
+    Returns mean and standard deviation of `num_contexts` posteriors, [C, n, E, d]; N(0, I) where nothing is.
     """
     means, stds = [], []
     for lived in memory:
@@ -1203,7 +1203,7 @@ if __name__ == "__main__":
     }
     slow, fast = args.encoder_learning_rate, args.learning_rate
     learning_rate = dict(actor=fast, critic=fast, phi_g=slow, phi_l=slow)  # after the encoder's warm-up
-    optimizers = {  # every iteration sets their rates anew
+    optimizers = {  # the encoder warms up at this rate; after it every iteration sets all four
         name: torch.optim.Adam(params, lr=args.warmup_learning_rate, eps=args.adam_eps, fused=True)
         for name, params in parameters.items()
     }

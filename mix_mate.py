@@ -85,8 +85,8 @@ class Args:
     resume: str | None = None
     """run folder to go on with; only total-timesteps, track, wandb-*, checkpoint-*, capture-video may differ from it"""
     meta_test: str | None = None
-    """run folder to evaluate; may differ: explore-, test-episodes, eval-copies, eval-sample, reset-per-episode,
-    seed, num-threads, cuda"""
+    """run folder to evaluate; may differ: explore-episodes, test-episodes, eval-copies, eval-sample,
+    reset-per-episode, seed, num-threads, cuda"""
     track: bool = False
     """send the run to Weights & Biases as well"""
     wandb_project_name: str = "mg2l"

@@ -2,11 +2,12 @@
 
     python benchmark/ablation_figures.py runs/* --out benchmark/results
 
-Runs are told apart by the flags that differ from the defaults; those of no figure are left out. Writes for each figure
-PNG and SVG: return and CL accuracy of z^i after inference against steps, and for Fig. 12 also the losses of its parts c
-and d; and ablations.csv, which is meta_test.csv of figures.py with the flags. Prints a Markdown table of the last
-evaluation: mean over seeds, and the difference of each figure's first variant to the others, with 95 % bootstrap
-intervals. Variants without a run are named, in the table and in the picture.
+Runs are told apart by the flags that differ from the defaults, with --base by the flags beside those that all runs have
+in common; those of no figure are left out. Writes for each figure PNG and SVG: return and CL accuracy of z^i after
+inference against steps, and for Fig. 12 also the losses of its parts c and d; and ablations.csv, which is
+meta_test.csv of figures.py with the flags. Prints a Markdown table of the last evaluation: mean over seeds, and the
+difference of each figure's first variant to the others, with 95 % bootstrap intervals. Variants without a run are
+named, in the table and in the picture.
 """
 
 import argparse
@@ -83,10 +84,11 @@ def difference(ours: list[float], theirs: list[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--base", default="", help="flags of all runs, values as in args.json")
     parser.add_argument("--out", type=Path, default=Path("benchmark/results"), help="folder to write into")
     args = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parents[1]))  # for the scripts
-    variants = defaultdict(list)  # flags -> runs, each its folder and rows
+    base, variants = split(args.base), defaultdict(list)  # flags -> runs, each its folder and rows
     for run in args.runs:
         rows = read(run)
         if not rows:
@@ -94,9 +96,11 @@ def main() -> None:
             continue
         given = json.loads((run / "args.json").read_text())
         if given["script"] in ("mg2l_mappo", "mg2l_ablations") and rows[0]["setting"] == SETTING:
-            variants[flags_of(given)].append((run, rows))
+            flags = flags_of(given)
+            if base <= flags:
+                variants[flags - base].append((run, rows))
     if not variants:
-        parser.error(f"got no finished run of {SETTING}, expected at least one")
+        parser.error(f"got no finished run of {SETTING} {args.base}, expected at least one")
 
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "ablations.csv", "w", newline="") as file:

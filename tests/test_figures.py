@@ -207,6 +207,26 @@ def test_figures_of_ablations(ablated, tmp_path, monkeypatch, capsys):
         assert (tmp_path / "out" / f"{name}.svg").read_text().startswith("<?xml")
 
 
+def test_flags_of_all_runs_tell_nothing_apart(ablated, tmp_path, monkeypatch, capsys):
+    """With --base: runs that have those flags, by the rest of their flags; runs without them are left out."""
+    for name in ("mg2l_2", "kl_1", "odd_1"):  # mg2l_1 and local_1 are left with the defaults
+        file = ablated / name / "args.json"
+        args = json.loads(file.read_text()) | {"encoder_dim": 96, "encoder_learning_rate": 0.01}
+        file.write_text(json.dumps(args))
+    capsys.readouterr()
+    path, runs = ROOT / "benchmark" / "ablation_figures.py", sorted(ablated.iterdir())
+    base = "--encoder-dim 96 --encoder-learning-rate 0.01"
+    command(monkeypatch, path, *runs, "--base", base, "--out", tmp_path / "out")
+    rows = {cells[1]: cells[2:] for cells in table_of(capsys.readouterr().out) if cells[0] == "fig12_schemes"}
+    seeds = {name: cells[1] for name, cells in rows.items()}
+    assert seeds["MG2L (infonce)"] == seeds["CSTL (kl)"] == "1" and seeds["Local-Only"] == "0"
+    with open(tmp_path / "out" / "ablations.csv") as file:
+        assert {row["flags"] for row in csv.DictReader(file)} == {"", "--local-loss kl", "--kl-coef 0.5"}
+    with pytest.raises(SystemExit):
+        command(monkeypatch, path, *runs, "--base", "--encoder-dim 97", "--out", tmp_path / "out")
+    assert "no finished run of hunting_target --encoder-dim 97" in capsys.readouterr().err
+
+
 def test_difference_by_hand(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmark")
     difference = runpy.run_path(str(ROOT / "benchmark" / "ablation_figures.py"))["difference"]
