@@ -761,7 +761,7 @@ def infer(encoder, memory, context_size, num_contexts, latent_dim) -> tuple[torc
     """Each agent's posterior from its own transitions alone (Algorithm 2, lines 6 and 10).
 
     memory: for each of E copies what its agents went through, [S, n, transition_dim]; S may differ, and be 0
-    Returns mean and standard deviation of `num_contexts` posteriors, [C, n, E, d]; N(0, I) where nothing is.
+    Returns mean and standard deviation of `num_contexts` posteriors, [C, n, E, d]; N(0, I) where S is 0.
     """
     means, stds = [], []
     for lived in memory:
