@@ -1203,7 +1203,7 @@ if __name__ == "__main__":
     }
     slow, fast = args.encoder_learning_rate, args.learning_rate
     learning_rate = dict(actor=fast, critic=fast, phi_g=slow, phi_l=slow)  # after the encoder's warm-up
-    optimizers = {  # the encoder warms up at this rate; after it every iteration sets all four
+    optimizers = {  # the encoder warms up at this rate; then every iteration sets all four rates
         name: torch.optim.Adam(params, lr=args.warmup_learning_rate, eps=args.adam_eps, fused=True)
         for name, params in parameters.items()
     }

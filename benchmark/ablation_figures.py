@@ -100,7 +100,7 @@ def main() -> None:
             if base <= flags:
                 variants[flags - base].append((run, rows))
     if not variants:
-        parser.error(f"got no finished run of {SETTING} {args.base}, expected at least one")
+        parser.error(f"got no finished run of {' '.join([SETTING, *sorted(base)])}, expected at least one")
 
     args.out.mkdir(parents=True, exist_ok=True)
     with open(args.out / "ablations.csv", "w", newline="") as file:

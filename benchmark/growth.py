@@ -4,9 +4,9 @@
 
 Short runs of mg2l_mappo.py on hunting_target on one thread, one size changed at a time: time per step is that of the
 second and third iteration of three (collection of context and encoder updates in each, evaluation left out), memory
-the peak of the process; context size with 4 sets. Prints a Markdown table with the exponent k of the fit
-size**k to the upper half of the sizes, where what does not grow weighs least (of four sizes, a line through two
-points), and writes growth.png and growth.svg.
+the peak of the process; context size with 4 sets. Prints a Markdown table with the exponent k of the fit size**k to
+the upper half of the sizes, where what does not grow weighs least (of four sizes, a line through two points), and
+writes growth.png and growth.svg.
 """
 
 import argparse
