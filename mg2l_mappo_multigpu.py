@@ -473,16 +473,16 @@ def similarity_scores(query: torch.Tensor, keys: torch.Tensor, kind: str, temper
 
 def info_nce(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """I_NCE of Theorem 1, a lower bound of information if h is the density ratio: [..., Q, S, N], [Q] -> [...]."""
-    own = torch.arange(scores.shape[-1], device=label.device) == label[:, None, None]  # [Q, 1, N]
-    positive = scores.masked_fill(~own, 0).sum(-1)  # [..., Q, S]
+    own = label[:, None, None].expand(*scores.shape[:-1], 1)  # [..., Q, S, 1]
+    positive = scores.gather(-1, own)[..., 0]  # [..., Q, S]
     return (positive - scores.logsumexp(-1)).mean((-2, -1)) + math.log(scores.shape[-1])
 
 
 def leave_one_out(scores: torch.Tensor, label: torch.Tensor) -> torch.Tensor:
     """I_L1O of eq. 20, an upper bound of information if h is the density ratio: [..., Q, S, N], [Q] -> [...]."""
-    own = torch.arange(scores.shape[-1], device=label.device) == label[:, None, None]  # [Q, 1, N]
-    positive = scores.masked_fill(~own, 0).sum(-1)  # [..., Q, S]
-    negative = scores.masked_fill(own, -torch.inf).logsumexp(-1)
+    own = label[:, None, None].expand(*scores.shape[:-1], 1)  # [..., Q, S, 1]
+    positive = scores.gather(-1, own)[..., 0]  # [..., Q, S]
+    negative = scores.scatter(-1, own, -torch.inf).logsumexp(-1)
     return (positive - negative).mean((-2, -1)) + math.log(scores.shape[-1])
 
 
