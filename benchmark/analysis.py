@@ -1,11 +1,13 @@
-"""What agents infer, and what they do with it: Fig. 8 to 10 and the priorities of eq. 32, from finished runs.
+"""What agents infer, and what they do with it: Fig. 8 to 10, the priorities of eq. 32 and codes, from finished runs.
 
     python benchmark/analysis.py tsne RUN...         # Fig. 9: representations of up to ten tasks, one column per run
     python benchmark/analysis.py mismatch RUN        # Fig. 10: acting in one hopper on what was inferred in another
     python benchmark/analysis.py trajectories RUN    # Fig. 8: on the prior, while exploring, after exploration
     python benchmark/analysis.py priorities RUN      # which transitions count, and whether drawing by that is of use
+    python benchmark/analysis.py codes RUN           # what return is lost to inference, and what to the policy
 
-Each writes a PNG and an SVG into --out and prints its numbers. Agents explore as in the meta-test of their run.
+Each but the last writes a PNG and an SVG into --out; all print their numbers. Agents explore as in the meta-test of
+their run.
 """
 
 import argparse
@@ -360,6 +362,51 @@ def priorities(args) -> None:
     save(figure, args.out / "priorities", f"{title} of {args.copies} meta-test runs")
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Codes
+
+
+def read_codes(mean: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """How well means of z^i [n, E, d] are read as the codes of their tasks, label [E] in 0 to N - 1.
+
+    A task's code is the median of what an agent infers in it. Returns codes [n, N, d]; which copies have every agent
+    nearest to the code of its own task [E]; the most entries of an agent's mean whose sign is not its code's [E].
+    """
+    codes = torch.stack([mean[:, label == k].median(1).values for k in range(int(label.max()) + 1)], 1)  # [n, N, d]
+    right = (torch.cdist(mean, codes).argmin(-1) == label).all(0)
+    return codes, right, (mean * codes[:, label] < 0).sum(-1).amax(0)
+
+
+@torch.no_grad()
+def codes(args) -> None:
+    """Return after inference beside that on the code of the task, by how well z^i was read."""
+    module, agents = load(args.run, SCRIPTS[:2])
+    known = agents.env.tasks.test
+    expect(args.copies >= 2 * len(known), "copies", args.copies, f"at least two for each of {len(known)} tasks")
+    env, task = module.make_env(agents.args, args.copies), np.resize(known, args.copies)
+    label = torch.arange(args.copies) % len(known)
+    posterior = infer(module, agents, explore(module, agents, env, task, args.seed))
+    code, right, wrong_signs = read_codes(posterior[0].mean(0), label)
+    on_code = code[:, label][None]  # [1, n, E, d]
+    returns = []
+    for mean, std in (posterior, (on_code, torch.zeros_like(on_code))):
+        z = module.draw_z(mean, std, env.max_episode_steps)
+        seed, greedy = args.seed + agents.args.explore_episodes, not agents.args.eval_sample
+        data = module.rollout(env, agents.actor, task, z, seed, greedy=greedy)  # the same starts for both
+        returns.append(module.episodic_return(data).numpy())
+    groups = {
+        "all": np.ones(args.copies, bool),
+        "read right, every sign": (right & (wrong_signs == 0)).numpy(),
+        "read right, but for some signs": (right & (wrong_signs > 0)).numpy(),
+        "read as another task": (~right).numpy(),
+    }
+    groups |= {f"task {k} ({env.tasks.describe(k)})": task == k for k in known}
+    for name, group in groups.items():
+        if group.any():
+            inferred, told = (interval(each[group], 1).replace("seed", "run") for each in returns)
+            print(f"{name}: {group.mean():.0%} of the runs, return {inferred} as inferred, {told} on the code")
+
+
 def save(figure, path: Path, title: str) -> None:
     figure.suptitle(title, fontsize=10)
     figure.tight_layout(rect=(0, 0.05 if figure.legends else 0, 1, 1))
@@ -373,7 +420,7 @@ def save(figure, path: Path, title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(required=True)
-    for function in (tsne, mismatch, trajectories, priorities):
+    for function in (tsne, mismatch, trajectories, priorities, codes):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function)
         if function is tsne:
@@ -387,6 +434,8 @@ def main() -> None:
         if function is priorities:
             command.add_argument("--copies", type=int, default=96, help="meta-test runs")
             command.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64, 128], help="of a context")
+        if function is codes:
+            command.add_argument("--copies", type=int, default=300, help="meta-test runs")
         command.add_argument("--out", type=Path, default=Path("benchmark/results"), help="folder to write into")
         command.add_argument("--seed", type=int, default=0, help="of exploration and test")
     args = parser.parse_args()

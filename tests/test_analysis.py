@@ -414,3 +414,57 @@ def test_bad_input(argv, words, runs, tmp_path, monkeypatch, capsys):
     last = capsys.readouterr().err.splitlines()[-1]
     assert words in last and "expected" in last
     assert not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Codes
+
+
+def test_codes_by_hand():
+    """Three copies on each of two tasks: medians heed neither a wrong sign nor a copy read as the other task."""
+    code, label = torch.tensor([[1.0, 1, 1], [-1, -1, 1]]), torch.arange(6) % 2
+    mean = code[label].repeat(2, 1, 1)  # [2, 6, 3]
+    mean[0, 2] = torch.tensor([1.0, 1, -1])
+    mean[1, 3] = code[0]
+    codes, right, wrong_signs = analysis.read_codes(mean, label)
+    assert torch.equal(codes, code.repeat(2, 1, 1))
+    assert right.tolist() == [True, True, True, False, True, True]
+    assert wrong_signs.tolist() == [0, 0, 1, 2, 0, 0]
+
+
+@pytest.mark.parametrize("misread", [False, True])
+def test_codes(misread, runs, monkeypatch, capsys):
+    """Agents that infer the code lose nothing; one that infers the other task's acts otherwise than on the code."""
+    module, agents = analysis.load(runs / "hunting")
+    agents.encoder = Teller(agents)
+    agents.actor.mlp.weights[-1].data.mul_(1e3)  # so that z moves actions
+
+    def explore(module, agents, env, task, seed):
+        memory = told(env, task)
+        if misread:
+            memory[3] = told(env, 1 - task)[3]
+        return memory
+
+    monkeypatch.setattr(analysis, "load", lambda *_: (module, agents))
+    monkeypatch.setattr(analysis, "explore", explore)
+    lines = command(monkeypatch, capsys, "codes", runs / "hunting", "--copies", 8).splitlines()
+    names, texts = zip(*(line.split(": ") for line in lines), strict=True)
+    groups = [("read right, every sign", 88 if misread else 100)] + [("read as another task", 12)] * misread
+    assert [(name, int(text.split("%")[0])) for name, text in zip(names, texts, strict=True)] == [
+        ("all", 100), *groups, ("task 0 (prey_0=1, prey_1=0)", 50), ("task 1 (prey_0=0, prey_1=1)", 50)
+    ]  # fmt: skip
+    for name, text in zip(names, texts, strict=True):
+        inferred, on_code = (numbers(part)[0] for part in text.split("return")[1].split("as inferred,"))
+        if not misread or name in ("read right, every sign", names[-2]):
+            assert inferred == on_code
+        if name == "read as another task":
+            assert inferred != on_code and "one run" in text
+
+
+def test_codes_of_a_trained_run(runs, monkeypatch, capsys):
+    printed = command(monkeypatch, capsys, "codes", runs / "spread", "--copies", 6)
+    assert printed.startswith("all: 100% of the runs, return -") and printed.count("task") >= 3
+    with pytest.raises(SystemExit) as error:
+        command(monkeypatch, capsys, "codes", runs / "spread", "--copies", 5)
+    assert error.value.code == 2
+    assert "copies: got 5, expected at least two for each of 3 tasks" in capsys.readouterr().err
