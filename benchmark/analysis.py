@@ -4,7 +4,7 @@
     python benchmark/analysis.py mismatch RUN        # Fig. 10: acting in one hopper on what was inferred in another
     python benchmark/analysis.py trajectories RUN    # Fig. 8: on the prior, while exploring, after exploration
     python benchmark/analysis.py priorities RUN      # which transitions count, and whether drawing by that is of use
-    python benchmark/analysis.py codes RUN           # what return is lost to inference, and what to the policy
+    python benchmark/analysis.py codes RUN...        # what return is lost to inference, and what to the policy
 
 Each but the last writes a PNG and an SVG into --out; all print their numbers. Agents explore as in the meta-test of
 their run.
@@ -372,39 +372,57 @@ def read_codes(mean: torch.Tensor, label: torch.Tensor) -> tuple[torch.Tensor, t
     A task's code is the median of what an agent infers in it. Returns codes [n, N, d]; which copies have every agent
     nearest to the code of its own task [E]; the most entries of an agent's mean whose sign is not its code's [E].
     """
-    codes = torch.stack([mean[:, label == k].median(1).values for k in range(int(label.max()) + 1)], 1)  # [n, N, d]
-    right = (torch.cdist(mean, codes).argmin(-1) == label).all(0)
-    return codes, right, (mean * codes[:, label] < 0).sum(-1).amax(0)
+    code = torch.stack([mean[:, label == k].median(1).values for k in range(int(label.max()) + 1)], 1)  # [n, N, d]
+    nearest = torch.cdist(mean, code).argmin(-1)  # [n, E]
+    wrong_signs = (mean * code[:, label] < 0).sum(-1)  # [n, E]
+    return code, (nearest == label).all(0), wrong_signs.amax(0)
 
 
 @torch.no_grad()
-def codes(args) -> None:
-    """Return after inference beside that on the code of the task, by how well z^i was read."""
-    module, agents = load(args.run, SCRIPTS[:2])
+def returns_on_codes(run: Path, copies: int, seed: int) -> dict[str, np.ndarray]:
+    """Groups of a run's meta-test runs, by how z^i was read and by task: returns as inferred and on the code, [2, M].
+
+    Both are from the same starts. A group that nothing fell into is left out.
+    """
+    module, agents = load(run, SCRIPTS[:2])
     known = agents.env.tasks.test
-    expect(args.copies >= 2 * len(known), "copies", args.copies, f"at least two for each of {len(known)} tasks")
-    env, task = module.make_env(agents.args, args.copies), np.resize(known, args.copies)
-    label = torch.arange(args.copies) % len(known)
-    posterior = infer(module, agents, explore(module, agents, env, task, args.seed))
+    expect(copies >= 2 * len(known), "copies", copies, f"at least two for each of {len(known)} tasks")
+    env, task = module.make_env(agents.args, copies), np.resize(known, copies)
+    label = torch.arange(copies) % len(known)  # [E]
+    posterior = infer(module, agents, explore(module, agents, env, task, seed))  # two of [C, n, E, d]
     code, right, wrong_signs = read_codes(posterior[0].mean(0), label)
     on_code = code[:, label][None]  # [1, n, E, d]
-    returns = []
+    both = []
     for mean, std in (posterior, (on_code, torch.zeros_like(on_code))):
-        z = module.draw_z(mean, std, env.max_episode_steps)
-        seed, greedy = args.seed + agents.args.explore_episodes, not agents.args.eval_sample
-        data = module.rollout(env, agents.actor, task, z, seed, greedy=greedy)  # the same starts for both
-        returns.append(module.episodic_return(data).numpy())
+        z = module.draw_z(mean, std, env.max_episode_steps)  # [n, T, E, d]
+        start, greedy = seed + agents.args.explore_episodes, not agents.args.eval_sample
+        both.append(module.episodic_return(module.rollout(env, agents.actor, task, z, start, greedy=greedy)))
     groups = {
-        "all": np.ones(args.copies, bool),
+        "all": np.ones(copies, bool),
         "read right, every sign": (right & (wrong_signs == 0)).numpy(),
         "read right, but for some signs": (right & (wrong_signs > 0)).numpy(),
         "read as another task": (~right).numpy(),
     }
     groups |= {f"task {k} ({env.tasks.describe(k)})": task == k for k in known}
-    for name, group in groups.items():
-        if group.any():
-            inferred, told = (interval(each[group], 1).replace("seed", "run") for each in returns)
-            print(f"{name}: {group.mean():.0%} of the runs, return {inferred} as inferred, {told} on the code")
+    returns = torch.stack(both).numpy()  # [2, E]
+    return {name: returns[:, group] for name, group in groups.items() if group.any()}
+
+
+def codes(args) -> None:
+    """Return after inference beside that on the code of the task, by how well z^i was read.
+
+    Of one run the intervals are over its meta-test runs, of several over the runs' means.
+    """
+    tables = [returns_on_codes(run, args.copies, args.seed) for run in args.runs]
+    settings = {tuple(name for name in table if name.startswith("task ")) for table in tables}
+    expect(len(settings) == 1, "runs", f"{len(settings)} sets of tasks", "runs of one setting")
+    for name in dict.fromkeys(name for table in tables for name in table):
+        found = [table[name] for table in tables if name in table]  # each [2, M]
+        share = sum(returns.shape[1] for returns in found) / (args.copies * len(tables))
+        values = found[0] if len(tables) == 1 else np.stack([returns.mean(1) for returns in found], 1)
+        lost = values[1] - values[0]
+        inferred, told, lost = (interval(each, 1).replace("seed", "run") for each in (*values, lost))
+        print(f"{name}: {share:.0%} of meta-test runs, return {inferred} as inferred, {told} on the code, {lost} lost")
 
 
 def save(figure, path: Path, title: str) -> None:
@@ -423,11 +441,12 @@ def main() -> None:
     for function in (tsne, mismatch, trajectories, priorities, codes):
         command = commands.add_parser(function.__name__, help=function.__doc__)
         command.set_defaults(function=function)
-        if function is tsne:
+        if function in (tsne, codes):
             command.add_argument("runs", nargs="+", type=Path, help="run folders")
-            command.add_argument("--contexts", type=int, default=100, help="contexts per task")
         else:
             command.add_argument("run", type=Path, help="run folder")
+        if function is tsne:
+            command.add_argument("--contexts", type=int, default=100, help="contexts per task")
         if function is mismatch:
             command.add_argument("--tasks", type=int, default=10, help="tasks per parameter")
             command.add_argument("--copies", type=int, default=8, help="meta-test runs per source and target")
@@ -436,7 +455,8 @@ def main() -> None:
             command.add_argument("--sizes", type=int, nargs="+", default=[16, 32, 64, 128], help="of a context")
         if function is codes:
             command.add_argument("--copies", type=int, default=300, help="meta-test runs")
-        command.add_argument("--out", type=Path, default=Path("benchmark/results"), help="folder to write into")
+        else:
+            command.add_argument("--out", type=Path, default=Path("benchmark/results"), help="folder to write into")
         command.add_argument("--seed", type=int, default=0, help="of exploration and test")
     args = parser.parse_args()
     try:

@@ -454,7 +454,9 @@ def test_codes(misread, runs, monkeypatch, capsys):
         ("all", 100), *groups, ("task 0 (prey_0=1, prey_1=0)", 50), ("task 1 (prey_0=0, prey_1=1)", 50)
     ]  # fmt: skip
     for name, text in zip(names, texts, strict=True):
-        inferred, on_code = (numbers(part)[0] for part in text.split("return")[1].split("as inferred,"))
+        values = numbers(text)
+        inferred, on_code, lost = values[:: len(values) // 3]  # between them are intervals
+        assert lost == pytest.approx(on_code - inferred, abs=0.11)
         if not misread or name in ("read right, every sign", names[-2]):
             assert inferred == on_code
         if name == "read as another task":
@@ -463,8 +465,26 @@ def test_codes(misread, runs, monkeypatch, capsys):
 
 def test_codes_of_a_trained_run(runs, monkeypatch, capsys):
     printed = command(monkeypatch, capsys, "codes", runs / "spread", "--copies", 6)
-    assert printed.startswith("all: 100% of the runs, return -") and printed.count("task") >= 3
+    assert printed.startswith("all: 100% of meta-test runs, return -") and printed.count("task") >= 3
     with pytest.raises(SystemExit) as error:
         command(monkeypatch, capsys, "codes", runs / "spread", "--copies", 5)
     assert error.value.code == 2
     assert "copies: got 5, expected at least two for each of 3 tasks" in capsys.readouterr().err
+
+
+def test_codes_of_several_runs(monkeypatch, capsys):
+    """Shares are of all meta-test runs, returns means of the runs' means, of those that have the group."""
+    tables = {
+        "a": {"all": [[-4, -8], [-2, -4]], "read as another task": [[-8], [-4]], "task 0 (x)": [[-4, -8], [-2, -4]]},
+        "b": {"all": [[-1, -1], [-1, -1]], "task 0 (x)": [[-1, -1], [-1, -1]]},
+        "c": {"all": [[-1, -1], [-1, -1]], "task 0 (y)": [[-1, -1], [-1, -1]]},
+    }
+    of_run = lambda run, *_: {name: np.array(values, float) for name, values in tables[str(run)].items()}  # noqa: E731
+    monkeypatch.setattr(analysis, "returns_on_codes", of_run)
+    everything, misread, _ = command(monkeypatch, capsys, "codes", "a", "b", "--copies", 2).splitlines()
+    assert everything.startswith("all: 100% of meta-test runs") and misread.startswith("read as another task: 25% of")
+    assert numbers(everything) == [-3.5, -6, -1, -2, -3, -1, 1.5, 0, 3]  # each with its interval
+    assert numbers(misread) == [-8, -4, 4] and misread.count("(one run)") == 3
+    with pytest.raises(SystemExit):
+        command(monkeypatch, capsys, "codes", "a", "c", "--copies", 2)
+    assert "runs: got 2 sets of tasks, expected runs of one setting" in capsys.readouterr().err
