@@ -463,13 +463,15 @@ def test_codes(misread, runs, monkeypatch, capsys):
             assert inferred != on_code and "one run" in text
 
 
-def test_codes_of_a_trained_run(runs, monkeypatch, capsys):
-    printed = command(monkeypatch, capsys, "codes", runs / "spread", "--copies", 6)
-    assert printed.startswith("all: 100% of meta-test runs, return -") and printed.count("task") >= 3
+@pytest.mark.parametrize("name, tasks", [("spread", 3), ("ablation", 2)])
+def test_codes_of_a_trained_run(name, tasks, runs, monkeypatch, capsys):
+    printed = command(monkeypatch, capsys, "codes", runs / name, "--copies", 2 * tasks)
+    assert printed.startswith("all: 100% of meta-test runs, return -") and printed.count("\ntask ") == tasks
     with pytest.raises(SystemExit) as error:
-        command(monkeypatch, capsys, "codes", runs / "spread", "--copies", 5)
+        command(monkeypatch, capsys, "codes", runs / name, "--copies", 2 * tasks - 1)
     assert error.value.code == 2
-    assert "copies: got 5, expected at least two for each of 3 tasks" in capsys.readouterr().err
+    expected = f"copies: got {2 * tasks - 1}, expected at least two for each of {tasks} tasks"
+    assert expected in capsys.readouterr().err
 
 
 def test_codes_of_several_runs(monkeypatch, capsys):
