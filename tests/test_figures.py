@@ -185,12 +185,12 @@ def test_figures_of_ablations(ablated, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert f"not finished, left out: {ablated / 'local_1'}" in printed
     rows = {(cells[0], cells[1]): cells[2:] for cells in table_of(printed)}
-    assert len(rows) == 1 + 4 + 5 + 4  # the head, and each variant of each figure
+    assert len(rows) == 1 + 4 + 5 + 5  # the head, and each variant of each figure
     assert rows["fig12_schemes", "MG2L (infonce)"][1] == rows["fig11_global_losses", "MG2L (contrast)"][1] == "2"
     assert "[" in rows["fig12_schemes", "MG2L (infonce)"][3]
     assert rows["fig12_schemes", "CSTL (kl)"][1] == "1" and "(one seed)" in rows["fig12_schemes", "CSTL (kl)"][3]
     assert rows["fig12_schemes", "Local-Only"][1:4] == ["0", "no run", "no run"]
-    assert rows["fig13_aggregators", "PIA, contexts of 64"][1] == "0"  # which is compared at another context size
+    assert rows["fig13_aggregators", "PIA"][1] == "0"  # which is compared at another context size
     with open(ablated / "kl_1" / "meta_test.csv") as file:
         last = [row for row in csv.DictReader(file) if row["phase"] == "posterior"]
     last = [float(row["return"]) for row in last if row["step"] == last[-1]["step"]]
@@ -222,6 +222,12 @@ def test_flags_of_all_runs_tell_nothing_apart(ablated, tmp_path, monkeypatch, ca
     assert seeds["MG2L (infonce)"] == seeds["CSTL (kl)"] == "1" and seeds["Local-Only"] == "0"
     with open(tmp_path / "out" / "ablations.csv") as file:
         assert {row["flags"] for row in csv.DictReader(file)} == {"", "--local-loss kl", "--kl-coef 0.5"}
+    file = ablated / "mg2l_1" / "args.json"
+    same_length = {"context_size": 64, "context_sets": 12, "inference_size": 64, "rollout_context_size": 64}
+    file.write_text(json.dumps(json.loads(file.read_text()) | same_length | {"warmup_learning_rate": 5e-4}))
+    command(monkeypatch, path, file.parent, "--base", "--warmup-learning-rate 0.0005", "--out", tmp_path / "out")
+    rows = {cells[1]: cells[2:] for cells in table_of(capsys.readouterr().out) if cells[0] == "fig13_aggregators"}
+    assert rows["PIA, warm-up at 5e-4"][1] == rows["PIA"][1] == "1"  # one variant here: all runs have the rate
     with pytest.raises(SystemExit):
         command(monkeypatch, path, *runs, "--base", "--encoder-dim 97", "--out", tmp_path / "out")
     assert "no finished run of hunting_target --encoder-dim 97" in capsys.readouterr().err
