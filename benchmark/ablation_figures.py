@@ -28,7 +28,7 @@ SETTING = "hunting_target"
 COLOURS = ["#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9"]
 STYLES = ["-", "--", "-", "-.", ":"]  # for lines on top of each other
 SAME_LENGTH = "--context-size 64 --context-sets 12 --inference-size 64 --rollout-context-size 64"
-FIGURES = {  # the flags of each variant; MG2L itself comes first
+FIGURES = {  # the flags of each variant; differences are to the first
     "fig11_global_losses": {
         "": "MG2L (contrast)",
         "--global-loss none": "L_Q alone",
