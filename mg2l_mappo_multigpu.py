@@ -70,7 +70,7 @@ ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
     "buffer_size":     (300_000, 600_000, 1_000_000, 500_000, 100_000, 200_000),
     "context_size":    (16, 16, 512, 128, 64, 128),
     "inference_size":  (200, 200, 512, 512, 200, 128),
-    "latent_scale":    (1.0, 0.5, 1.0, 1.0, 1.0, 1.0),
+    "latent_scale":    (1.0, 0.25, 1.0, 1.0, 1.0, 1.0),
     "explore_scale":   (1.0, 2.0, 1.0, 1.0, 1.0, 1.0),
     "encoder_learning_rate": (7e-5, 1e-4, 2e-4, 3e-4, 2e-4, 2e-4),
     "warmup_learning_rate": (2e-3, 2e-3, 5e-4, 5e-4, 5e-4, 5e-4),
@@ -204,7 +204,7 @@ class Args:
     critic_coef: float = 0.1
     """factor on L_Q's gradient to the encoder; L_Q and L_G take turns on one Adam (Algorithm 1: one step on the sum)"""
     kl_coef: float = 0.001
-    """alpha, the weight of the KL to the prior, mean over dimensions (Table II: 0.1)"""
+    """alpha, the weight of the KL of z / latent_scale to the prior N(0, I), mean over dimensions (Table II: 0.1)"""
     local_loss: Literal["infonce", "cmi", "kl"] = "infonce"
     """L_L: infonce contrasts z^i alone, cmi is eq. 24 as printed, kl is the consistency loss of section V-F"""
     similarity: Literal["dot", "cosine"] = "dot"
@@ -749,7 +749,7 @@ def contrast(args, mean, std, num_tasks: int) -> torch.Tensor:
 
     mean, std [..., Q, d], Q = S * N -> scores [..., Q, S - 1, N]
     """
-    z = (mean + std * torch.randn_like(mean)) / args.latent_scale  # so that temperatures mean the same at every scale
+    z = mean + std * torch.randn_like(mean)  # [..., Q, d]
     score = similarity_scores(z, z.unflatten(-2, (-1, num_tasks)), args.similarity, args.temperature)  # [..., Q, S, N]
     num_sets = score.shape[-2]
     own = torch.arange(num_sets, device=z.device).repeat_interleave(num_tasks)[:, None]  # [Q, 1]
@@ -768,6 +768,8 @@ def update_encoder(args, encoder, buffer, num_tasks, optimizers, local_temperatu
     label = torch.arange(num_tasks, device=buffer.data.device).repeat(sets)  # [Q], in a set one per task
     x = encoder.embed(buffer.sample(label, args.context_size, args.context_episodes))
     posteriors = [encoder.global_posterior(x), encoder.local_posterior(x)]  # [Q, d], [n, Q, d]
+    # z / latent_scale: else the smaller the scale, the less KL holds means back from corners that tasks still share
+    posteriors = [[moment / args.latent_scale for moment in posterior] for posterior in posteriors]
     scores = [contrast(args, *posterior, num_tasks) for posterior in posteriors]  # [(n,) Q, sets - 1, N]
     loss_g = global_loss(scores[0], label, *posteriors[0], args.kl_coef)
     softer = 1 if args.local_loss == "cmi" else args.temperature / local_temperature  # the former is in them already

@@ -327,8 +327,7 @@ def test_dynamics_are_predicted_from_z_o_and_a(env_id):
     encoder = SimpleNamespace(**vars(of.nets.encoder), predictor=knows, mean=torch.zeros(1), std=torch.ones(1))
     loss = ablations.prediction_loss(of.args, encoder, of.buffer, label, mean, torch.zeros_like(mean) + 1e-9)
     assert loss.item() == pytest.approx(0, abs=1e-9)
-    told = mean[:, None].expand(-1, 6, -1) / of.args.latent_scale
-    assert torch.allclose(seen[0][..., :4], told, atol=1e-6)
+    assert torch.allclose(seen[0][..., :4], mean[:, None].expand(-1, 6, -1), atol=1e-6)
     assert of.nets.encoder.predictor(seen[0]).shape == (2, 6, n * (1 + obs_dim))
 
 
