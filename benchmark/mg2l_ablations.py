@@ -585,7 +585,7 @@ def kl_between(mean: torch.Tensor, std: torch.Tensor, mean_to: torch.Tensor, std
 
 
 def global_loss(scores, label, mean, std, kl_coef) -> torch.Tensor:
-    """L_G (eq. 16): contrast between tasks, and the KL that keeps q(z | c) near the prior."""
+    """L_G (eq. 16): contrast between tasks, and the KL to the prior; mean and std are of z / latent_scale."""
     return -info_nce(scores, label) + kl_coef * kl_to_prior(mean, std)
 
 
@@ -885,7 +885,7 @@ def update_encoder(args, encoder, buffer, num_tasks, optimizers, local_temperatu
         x = encoder.embed(buffer.sample(label, args.context_size, args.context_episodes))
     # <<< ablation
     posteriors = [encoder.global_posterior(x), encoder.local_posterior(x)]  # [Q, d], [n, Q, d]
-    # z / latent_scale: else the smaller the scale, the less KL holds means back from corners that tasks still share
+    # of z / latent_scale, so that temperatures and the weight of the KL mean the same at every scale
     posteriors = [[moment / args.latent_scale for moment in posterior] for posterior in posteriors]
     scores = [contrast(args, *posterior, num_tasks) for posterior in posteriors]  # [(n,) Q, sets - 1, N]
     loss_g = global_loss(scores[0], label, *posteriors[0], args.kl_coef)
@@ -1509,7 +1509,7 @@ if __name__ == "__main__":
         global_step = iteration_steps(args, train_env, iteration + 1)
         metrics["charts/episodic_return"] = episodic_return(data).mean()
         del data, experience  # evaluation needs the memory
-        for name, posterior in posteriors.items():  # of the contexts that the rollout acted on
+        for name, posterior in posteriors.items():  # of the contexts that it acted on; at any scale the same key wins
             metrics[f"charts/cl_accuracy_{name}"] = cl_accuracy(contrast(args, *posterior, num_tasks), every)
         for name in [name for name, value in metrics.items() if value.dim()]:  # one value per agent
             metrics[f"{name}_worst"], metrics[name] = metrics[name].min(), metrics[name].mean()
