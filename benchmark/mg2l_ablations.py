@@ -1509,7 +1509,7 @@ if __name__ == "__main__":
         global_step = iteration_steps(args, train_env, iteration + 1)
         metrics["charts/episodic_return"] = episodic_return(data).mean()
         del data, experience  # evaluation needs the memory
-        for name, posterior in posteriors.items():  # of the contexts that it acted on; at any scale the same key wins
+        for name, posterior in posteriors.items():  # of the contexts acted on; at any scale the same key wins
             metrics[f"charts/cl_accuracy_{name}"] = cl_accuracy(contrast(args, *posterior, num_tasks), every)
         for name in [name for name, value in metrics.items() if value.dim()]:  # one value per agent
             metrics[f"{name}_worst"], metrics[name] = metrics[name].min(), metrics[name].mean()
