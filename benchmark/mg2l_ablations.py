@@ -18,13 +18,14 @@ every agent explores, infers the task and acts on its own.
 # ablation >>>
 __doc__ = """Ablations of MG2L: other global losses, training schemes and aggregators (sections V-F and V-G).
 
-A copy of mg2l_mappo.py; what differs stands in blocks marked like this one, and with the defaults of the five flags
+A copy of mg2l_mappo.py; what differs stands in blocks marked like this one, and with the defaults of the six flags
 that they add nothing does.
 
     python benchmark/mg2l_ablations.py --global-loss none     # Fig. 11: also dynamics, task
     python benchmark/mg2l_ablations.py --scheme local_only    # Fig. 12: also global_only, and --local-loss kl
     python benchmark/mg2l_ablations.py --aggregator rnn       # Fig. 13: also transformer, gaussian_product
     python benchmark/mg2l_ablations.py --paired-context       # docs/mg2l_mappo.md, "Contexts in pairs"
+    python benchmark/mg2l_ablations.py --warmup-codes         # docs/mg2l_mappo.md, "Codes in the warm-up"
 
 I_L1O, I_NCE and the consistency KL (Fig. 12c, d) are logged in all of them, also where they train nothing. Contexts are
 drawn at random for every aggregator. Sequences longer than those they learnt on are new to transformer and rnn, so
@@ -201,6 +202,8 @@ class Args:
     """the context of every task begins alike and is drawn alike: it differs by what the task changes, and no more"""
     warmup_start_episodes: int | None = None
     """with paired-context, how many episodes the warm-up begins on; they grow to all by its half (None: all)"""
+    warmup_codes: bool = False
+    """in the warm-up, contrast z and z^i with a fixed random code for each task and not with other contexts"""
     # <<< ablation
     similarity: Literal["dot", "cosine"] = "dot"
     """similarity of two representations in the contrastive losses"""
@@ -459,6 +462,7 @@ class TaskEncoder(nn.Module):
 
     # ablation >>>
     scheme = "g2l"
+    codes = None  # [N, d], in a warm-up with --warmup-codes
 
     def ablate(self, args: Args, num_agents: int, num_tasks: int, obs_dim: int) -> None:
         """Put in what the flags ask for; with their defaults nothing changes."""
@@ -888,6 +892,12 @@ def update_encoder(args, encoder, buffer, num_tasks, optimizers, local_temperatu
     # of z / latent_scale, so that temperatures and the weight of the KL mean the same at every scale
     posteriors = [[moment / args.latent_scale for moment in posterior] for posterior in posteriors]
     scores = [contrast(args, *posterior, num_tasks) for posterior in posteriors]  # [(n,) Q, sets - 1, N]
+    # ablation >>>
+    if encoder.codes is not None:
+        samples = [mean + std * torch.randn_like(mean) for mean, std in posteriors]  # [(n,) Q, d]
+        keys = encoder.codes[None]  # [1, N, d]
+        scores = [similarity_scores(z, keys, args.similarity, args.temperature) for z in samples]  # [(n,) Q, 1, N]
+    # <<< ablation
     loss_g = global_loss(scores[0], label, *posteriors[0], args.kl_coef)
     # ablation >>>
     if args.global_loss == "none":  # only logged
@@ -1457,6 +1467,9 @@ if __name__ == "__main__":
             # ablation >>>
             newest = args.warmup_start_episodes or args.warmup_episodes
             growth = (args.warmup_episodes / newest) ** (2 / max(1, args.warmup_updates))
+            if args.warmup_codes:  # every entry parts the tasks in halves: one that parts none would be left to chance
+                half = torch.rand(num_tasks, d, device=device).argsort(0) < num_tasks / 2
+                encoder.codes = 1 - 2 * half.float()  # corners of the cube of z / latent_scale
             # <<< ablation
             for _ in range(args.warmup_updates):  # at a higher temperature two tasks may keep one code
                 # ablation >>>
@@ -1465,7 +1478,7 @@ if __name__ == "__main__":
                 # <<< ablation
                 update_encoder(args, encoder, buffer, num_tasks, optimizers, args.temperature)
             # ablation >>>
-            buffer.newest = None
+            buffer.newest = encoder.codes = None
             # <<< ablation
             seconds["encoder"] += time.perf_counter() - now
             begun += time.perf_counter() - now

@@ -342,9 +342,9 @@ def test_task_is_classified_from_z():
     assert uniform.item() == pytest.approx((bias.logsumexp(0) - bias.mean()).item(), rel=1e-5)
 
 
-def test_flags_of_the_copy_are_five_more():
+def test_flags_of_the_copy_are_six_more():
     ours, theirs = ({field.name for field in dataclasses.fields(m.Args)} for m in (ablations, mg2l_mappo))
-    added = {"global_loss", "scheme", "aggregator", "paired_context", "warmup_start_episodes"}
+    added = {"global_loss", "scheme", "aggregator", "paired_context", "warmup_start_episodes", "warmup_codes"}
     assert ours - theirs == added and not theirs - ours
 
 
@@ -412,3 +412,41 @@ def test_a_start_that_cannot_be(flags, tmp_path, capsys):
         run(COPY, tmp_path, "run", *flags)
     assert stop.value.code == 2 and "warmup-start-episodes: got" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Codes in the warm-up
+
+
+@pytest.mark.parametrize("codes", [True, False])
+def test_keys_are_codes_in_the_warmup_and_contexts_after_it(codes, tmp_path, monkeypatch):
+    losses, einsum, info_nce = [], torch.einsum, "...qd,...snd->...qsn"
+
+    def spy(form, *operands):
+        if form == info_nce:
+            losses.append(operands[1])
+        return einsum(form, *operands)
+
+    monkeypatch.setattr(torch, "einsum", spy)
+    run(COPY, tmp_path, "run", "--warmup-codes" if codes else "--no-warmup-codes", "--env-kwargs", "num_preys=3")
+    fixed = [keys for keys in losses if keys.shape == (1, 3, 8)]  # one set, three tasks, eight dimensions
+    assert len(fixed) == (4 if codes else 0)  # of z and z^i in each of two updates
+    if codes:
+        assert all(torch.equal(keys, fixed[0]) for keys in fixed)
+        assert (fixed[0].abs() == 1).all() and (fixed[0].sum(1).abs() == 1).all()  # no sign is that of all tasks
+        last = max(k for k, keys in enumerate(losses) if keys is fixed[-1])
+        assert len(losses) - last > 4  # contexts are compared with contexts afterwards
+
+
+def test_codes_are_what_the_warmup_teaches():
+    of = made()
+    codes = of.nets.encoder.codes = torch.tensor([[1.0, 1, -1, -1], [-1, 1, 1, -1], [1, -1, -1, 1]])
+
+    def agreement() -> float:
+        posterior = of.nets.encoder.global_posterior(of.nets.encoder.embed(of.buffer.sample(torch.arange(3), 16, 2)))
+        return (posterior[0] * codes).mean().item()
+
+    before = agreement()
+    for _ in range(120):
+        ablations.update_encoder(of.args, of.nets.encoder, of.buffer, 3, of.optimizers, of.args.temperature)
+    assert agreement() > before + 0.3
