@@ -4,9 +4,9 @@
 
 Reads the table that benchmark/figures.py writes. A score is the return after inference at the end of a run, 0 at the
 mean of the floor's runs and 1 at the oracle's on the same setting. Settings without both, whose oracle is not clearly
-above its floor, or with one seed of MG2L are left out, and so are methods that lack one of the rest: all are named.
-Each method counts with as many seeds on every setting as it has on the one where it has fewest. Intervals are 95 %,
-stratified bootstrap.
+above its floor, or with fewer than three seeds of MG2L are left out, and so are methods that lack one of the rest: all
+are named. Each method counts with as many seeds on every setting as it has on the one where it has fewest. Intervals
+are 95 %, stratified bootstrap.
 """
 
 import argparse
@@ -42,8 +42,8 @@ def normalised(returns: dict) -> tuple[dict[str, np.ndarray], list[str]]:
             left_out.append(f"{setting}: no runs of oracle and floor")
         elif not clearly_above(by_script[ORACLE], by_script[FLOOR]):
             left_out.append(f"{setting}: the oracle is not clearly above the floor")
-        elif len(by_script.get("mg2l_mappo", [])) == 1:
-            left_out.append(f"{setting}: one seed of mg2l_mappo")
+        elif len(by_script.get("mg2l_mappo", [])) < 3:
+            left_out.append(f"{setting}: fewer than three seeds of mg2l_mappo")
         else:
             settings.append(setting)
     for script in COLOURS:

@@ -266,11 +266,11 @@ def test_aggregate_by_hand(tmp_path, monkeypatch, capsys):
     """Scores of 0 at the floor and 1 at the oracle, and what cannot be scored is named."""
     monkeypatch.syspath_prepend(ROOT / "benchmark")
     returns = {  # setting -> script -> one return per seed
-        "a": {"mg2l_mappo": [8, 8], "task_given": [10, 10], "task_given none": [0, 0], "ma_pearl": [1, 1]},
+        "a": {"mg2l_mappo": [8, 8, 8], "task_given": [10, 10], "task_given none": [0, 0], "ma_pearl": [1, 1]},
         "b": {"mg2l_mappo": [-60, -60, -60], "task_given": [-80, -60], "task_given none": [-90], "ma_pearl": [-90]},
         "c": {"mg2l_mappo": [1], "task_given": [0], "task_given none": [1], "mix_mate": [1]},
         "d": {"mg2l_mappo": [1], "task_given": [0]},
-        "e": {"mg2l_mappo": [1], "task_given": [2, 2], "task_given none": [0, 0]},
+        "e": {"mg2l_mappo": [1, 1], "task_given": [2, 2], "task_given none": [0, 0]},
     }
     with open(tmp_path / "meta_test.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, ["setting", "script", "seed", "step", "phase", "return"])
@@ -286,11 +286,11 @@ def test_aggregate_by_hand(tmp_path, monkeypatch, capsys):
     command(monkeypatch, ROOT / "benchmark" / "aggregate.py", *table)
     printed = capsys.readouterr().out
     assert "left out: c: the oracle is not clearly above the floor" in printed
-    assert "left out: e: one seed of mg2l_mappo" in printed
+    assert "left out: e: fewer than three seeds of mg2l_mappo" in printed
     assert "left out: d: no runs of oracle and floor" in printed and "left out: mix_mate: no run on a, b" in printed
     rows = {cells[0]: cells[1:] for cells in table_of(printed)}
-    # (8 - 0) / 10 and (-60 + 90) / 20, two seeds each: 0.8, 0.8, 1.5, 1.5, of which the middle two count
-    assert rows["mg2l_mappo"][:2] == ["2 x 2", "1.15 [1.15, 1.15]"]
+    # (8 - 0) / 10 and (-60 + 90) / 20, three seeds each: 0.8 and 1.5 three times, of which the middle half counts
+    assert rows["mg2l_mappo"][:2] == ["3 x 2", "1.15 [1.15, 1.15]"]
     assert rows["ma_pearl"] == ["1 x 2", "0.05 (one seed)", "1.00 (one seed)", ""]
     assert rows["mg2l_mappo"][3] == "0.00"
     # better than the oracle on b alone, where it is better than one seed and level with none of the other
