@@ -1406,7 +1406,7 @@ if __name__ == "__main__":
     if dist.is_initialized():
         dist.destroy_process_group()
     if RANK > 0:
-        os._exit(0)  # not by way of Python's own exit: a thread of gloo's that is still about aborts the process there
+        os._exit(0)  # Python's own exit, with threads of gloo still about, has aborted a process: torchrun stops all
     if args.capture_video:
         try:
             write_videos(args, actor, encoder, run / "videos", num_iterations, device)
