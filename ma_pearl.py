@@ -34,6 +34,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: where cores are busy, threads that wait give way
+
 import gymnasium as gym
 import numpy as np
 import torch

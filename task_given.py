@@ -30,6 +30,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch: where cores are busy, threads that wait give way
+
 import gymnasium as gym
 import numpy as np
 import torch

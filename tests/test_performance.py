@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -41,6 +42,18 @@ def test_arithmetic_of_a_phase_by_hand(tmp_path):
     assert flop["rollout"] == samples * iterations * forward["actor"]
     # two evaluations of two episodes, and one more episode for the curve at the end
     assert flop["eval"] == 10 * 100 * (2 * 2 + 1) * forward["actor"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's OpenMP is GNU's on Linux only")
+@pytest.mark.parametrize("script", ["mg2l_mappo", "ma_pearl", "mix_mate", "task_given", "mg2l_mappo_cudagraphs"])
+def test_waiting_threads_give_way(script):
+    """PyTorch's OpenMP reads GOMP_SPINCOUNT as it is loaded and shows what it read; one set by hand wins."""
+    for spin, expected in ({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"):
+        environ = {name: value for name, value in ENVIRON.items() if name != "GOMP_SPINCOUNT"} | spin
+        environ["OMP_DISPLAY_ENV"] = "verbose"
+        done = subprocess.run([sys.executable, "-c", f"import {script}"], capture_output=True, text=True, env=environ)
+        assert done.returncode == 0, done.stderr
+        assert set(re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)) == {expected}
 
 
 def test_exponents():
