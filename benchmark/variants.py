@@ -5,10 +5,12 @@
 For each setting and script, the runs with the defaults come first. Return, accuracy and seconds are those of the last
 evaluation, as in benchmark/figures.py, whose intervals these are; "training" is the mean return of the last ten
 iterations, which is steadier, since it averages over hundreds of episodes. The second accuracy is that of the contexts
-that these acted on.
+that these acted on. `--meta-test-only` takes the returns and the first accuracy from the evaluation that
+`--meta-test RUN` wrote beside the run, which may be of more meta-test runs (`--eval-copies`) than the one in training.
 """
 
 import argparse
+import csv
 import importlib
 import json
 import sys
@@ -55,23 +57,31 @@ def last_in_training(run: Path) -> list[float | None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
+    parser.add_argument("--meta-test-only", action="store_true", help="evaluation of --meta-test, meta_test_only.csv")
+    args = parser.parse_args()
     groups = defaultdict(lambda: defaultdict(list))
-    for run in parser.parse_args().runs:
+    for run in args.runs:
         rows = read(run)
         if not rows:
             print(f"not finished, left out: {run}")
             continue
-        args = json.loads((run / "args.json").read_text())
-        group = groups[rows[0]["setting"], rows[0]["script"], changed_flags(args)]
+        if args.meta_test_only and not (run / "meta_test_only.csv").is_file():
+            print(f"no meta_test_only.csv, left out: {run}")
+            continue
+        flags = changed_flags(json.loads((run / "args.json").read_text()))
+        group = groups[rows[0]["setting"], rows[0]["script"], flags]
+        group["seconds"].append(rows[0]["wall_seconds"])
         last = [row for row in rows if row["step"] == max(row["step"] for row in rows)]
+        if args.meta_test_only:
+            with open(run / "meta_test_only.csv") as file:
+                last = list(csv.DictReader(file))
         for phase in ("prior", "posterior"):
-            group[phase].append(float(np.mean([row["return"] for row in last if row["phase"] == phase])))
-        told = [row["accuracy"] for row in last if row["phase"] == "posterior" and row["accuracy"] != ""]
+            group[phase].append(float(np.mean([float(row["return"]) for row in last if row["phase"] == phase])))
+        told = [float(row["accuracy"]) for row in last if row["phase"] == "posterior" and row["accuracy"] != ""]
         group["accuracy"] += [float(np.mean(told))] if told else []
         returned, told = last_in_training(run)
         group["training"].append(returned)
         group["accuracy in training"] += [] if told is None else [told]
-        group["seconds"].append(last[0]["wall_seconds"])
     print("| setting | script | flags | seeds | exploration | after inference | training | accuracy of z^i |", end="")
     print(" in training | seconds |\n" + "|---" * 10 + "|")
     for (setting, script, flags), group in sorted(groups.items()):

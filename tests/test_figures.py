@@ -262,6 +262,22 @@ def test_table_of_variants(ablated, monkeypatch, capsys):
         assert float(cell) == pytest.approx(np.mean(last), abs=rounding)
 
 
+def test_table_of_variants_of_a_second_evaluation(ablated, monkeypatch, capsys):
+    first, *others = sorted(ablated.iterdir())
+    with open(first / "meta_test_only.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, ["phase", "return", "accuracy"])
+        writer.writeheader()
+        rows = [("prior", -9.0, ""), ("prior", -5.0, ""), ("posterior", -4.0, 0.25), ("posterior", -2.0, 0.75)]
+        writer.writerows(dict(zip(writer.fieldnames, row, strict=True)) for row in [*rows, ("curve", 99.0, 0.0)])
+    capsys.readouterr()
+    command(monkeypatch, ROOT / "benchmark" / "variants.py", "--meta-test-only", first, *others)
+    printed = capsys.readouterr().out
+    for run in others:
+        assert f"no meta_test_only.csv, left out: {run}" in printed
+    _, cells = table_of(printed)
+    assert [cell.split()[0] for cell in cells[3:6]] == ["1", "-7.0", "-3.0"] and cells[7] == "0.50"
+
+
 def test_aggregate_by_hand(tmp_path, monkeypatch, capsys):
     """Scores of 0 at the floor and 1 at the oracle, and what cannot be scored is named."""
     monkeypatch.syspath_prepend(ROOT / "benchmark")
