@@ -1,6 +1,7 @@
 """All settings together, with rliable (Agarwal et al. 2021): interquartile mean and probability of improvement.
 
     python benchmark/aggregate.py                          # of benchmark/results/meta_test.csv
+    python benchmark/aggregate.py --settings hunting_target "hunting_target num_preys=2"
 
 Reads the table that benchmark/figures.py writes. A score is the return after inference at the end of a run, 0 at the
 mean of the floor's runs and 1 at the oracle's on the same setting. Settings without both, whose oracle is not clearly
@@ -74,9 +75,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--table", type=Path, default=Path("benchmark/results/meta_test.csv"), help="of figures.py")
     parser.add_argument("--out", type=Path, default=Path("benchmark/results"), help="folder to write into")
+    parser.add_argument("--settings", nargs="+", help="the settings to take (default: all of the table)")
     args = parser.parse_args()
     with open(args.table) as file:
         rows = [row | dict(step=int(row["step"])) for row in csv.DictReader(file)]
+    known = sorted({row["setting"] for row in rows})
+    if unknown := set(args.settings or []) - set(known):
+        parser.error(f"--settings: got {', '.join(sorted(unknown))}, expected some of {', '.join(known)}")
+    rows = [row for row in rows if row["setting"] in (args.settings or known)]
     for row in rows:
         row["return"] = float(row["return"])
     scores, left_out = normalised(final_returns(rows))

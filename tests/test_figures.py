@@ -313,6 +313,14 @@ def test_aggregate_by_hand(tmp_path, monkeypatch, capsys):
     assert float(rows["task_given"][2].split()[0]) == pytest.approx((0 + 0.75) / 2, abs=0.13)
     assert (tmp_path / "aggregate.svg").read_text().startswith("<?xml")
     assert len(np.unique(np.asarray(Image.open(tmp_path / "aggregate.png")).reshape(-1, 4), axis=0)) > 20
+    command(monkeypatch, ROOT / "benchmark" / "aggregate.py", *table, "--settings", "b", "d")
+    printed = capsys.readouterr().out
+    assert "left out: d: no runs of oracle and floor" in printed and "left out: c" not in printed
+    rows = {cells[0]: cells[1:] for cells in table_of(printed)}
+    assert rows["mg2l_mappo"][:2] == ["3 x 1", "1.50 [1.50, 1.50]"]
+    with pytest.raises(SystemExit):
+        command(monkeypatch, ROOT / "benchmark" / "aggregate.py", *table, "--settings", "b", "spread")
+    assert "got spread, expected some of a, b, c, d, e" in capsys.readouterr().err
 
 
 def test_run_that_is_shipped(finished, tmp_path, monkeypatch, capsys):
