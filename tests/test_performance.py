@@ -16,6 +16,8 @@ import task_given
 
 ROOT = Path(__file__).parents[1]
 ENVIRON = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "benchmark")])}
+SCRIPTS = ["mg2l_mappo", "ma_pearl", "mix_mate", "task_given"]
+SCRIPTS += ["mg2l_mappo_cudagraphs", "mg2l_mappo_multigpu", "mg2l_ablations"]
 
 
 def test_arithmetic_of_a_phase_by_hand(tmp_path):
@@ -45,7 +47,7 @@ def test_arithmetic_of_a_phase_by_hand(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="PyTorch's OpenMP is GNU's on Linux only")
-@pytest.mark.parametrize("script", ["mg2l_mappo", "ma_pearl", "mix_mate", "task_given", "mg2l_mappo_cudagraphs"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_waiting_threads_give_way(script):
     """PyTorch's OpenMP reads GOMP_SPINCOUNT as it is loaded and shows what it read; one set by hand wins."""
     for spin, expected in ({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"):
