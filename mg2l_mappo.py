@@ -107,7 +107,7 @@ class Args:
     """run folder to go on with; only total-timesteps, track, wandb-*, checkpoint-*, capture-video may differ from it"""
     meta_test: str | None = None
     """run folder to evaluate; may differ: explore-episodes, test-episodes, eval-copies, eval-sample, seed, num-threads,
-    cuda"""
+    cuda, capture-video"""
     track: bool = False
     """send the run to Weights & Biases as well"""
     wandb_project_name: str = "mg2l"

@@ -173,7 +173,7 @@ class Args:
     """run folder to go on with; total-timesteps, track, wandb-*, checkpoint-*, capture-video, cudagraphs may differ"""
     meta_test: str | None = None
     """run folder to evaluate; may differ: explore-episodes, test-episodes, eval-copies, eval-sample, seed, num-threads,
-    cuda, cudagraphs"""
+    cuda, cudagraphs, capture-video"""
     track: bool = False
     """send the run to Weights & Biases as well"""
     wandb_project_name: str = "mg2l"

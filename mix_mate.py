@@ -88,7 +88,7 @@ class Args:
     """run folder to go on with; only total-timesteps, track, wandb-*, checkpoint-*, capture-video may differ from it"""
     meta_test: str | None = None
     """run folder to evaluate; may differ: explore-episodes, test-episodes, eval-copies, eval-sample,
-    reset-per-episode, seed, num-threads, cuda"""
+    reset-per-episode, seed, num-threads, cuda, capture-video"""
     track: bool = False
     """send the run to Weights & Biases as well"""
     wandb_project_name: str = "mg2l"
