@@ -97,6 +97,11 @@ def test_a_split_of_ones_own():
     assert set(drawn.tolist()) == {0, 1, 3}
 
 
+def test_going_straight_reaches_what_the_page_says(capsys):
+    run_block("What could be reached")
+    assert f"prints {float(capsys.readouterr().out):.1f}:" in PAGE
+
+
 def test_the_commands_for_tasks_of_ones_own_are_understood():
     import mg2l_mappo
 
