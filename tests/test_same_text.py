@@ -52,7 +52,7 @@ def test_same_text(a, b, name):
 
 OF_THE_METHOD = {"latent_dim", "kl_coef", "encoder_updates", "encoder_dim", "encoder_learning_rate"}
 OF_THE_METHOD |= {"context_size", "context_episodes", "rollout_context_episodes", "warmup_episodes"}
-OF_THE_METHOD |= {"explore_scale", "context_interval"}
+OF_THE_METHOD |= {"explore_scale", "context_interval", "context_episode_steps", "context_copies"}
 
 
 def defaults(script):
