@@ -22,6 +22,7 @@ connects processes on CPUs, NCCL on GPUs.
 
 import ast
 import atexit
+import contextlib
 import copy
 import csv
 import dataclasses
@@ -1287,7 +1288,8 @@ if __name__ == "__main__":
         except OSError as error:
             go_on = f"{run}: {error}, expected to write; the last checkpoint is as it was"
         print(f"{SCRIPT}.py: stopped by {name}; {go_on}", file=sys.stderr)
-        writer.close()
+        with contextlib.suppress(OSError):  # closed already, if the signal came while it was being closed
+            writer.close()
 
     def explain(kind, error, trace) -> None:
         """What can't be written ends the run in one line; any other error is one of the program and shows its trace."""

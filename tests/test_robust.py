@@ -332,6 +332,15 @@ def test_signal_before_the_first_iteration(script, name, code, start, tmp_path):
 
 
 @every_script
+@both_signals
+def test_signal_while_tensorboard_is_closed(script, name, code, start, tmp_path):
+    """At the very end, when its file is closed and the script's writer does not know it yet."""
+    first = f"at(1, torch.utils.tensorboard.writer.EventFileWriter, 'close', after=send(signal.{name}))"
+    run = tmp_path / "run"
+    stopped(start(script, *command(script, "hunting_target", tmp_path), first=first), script, run, name, code)
+
+
+@every_script
 def test_signal_in_the_first_iteration_after_resuming(script, start, whole, tmp_path):
     """What was resumed is kept as it was, though most of an iteration was done with it."""
     pair, run = (script, "hunting_target"), tmp_path / "run"
