@@ -32,6 +32,8 @@ import tempfile
 import time
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # before torch, as the scripts that run in this process do it
+
 import gymnasium as gym
 import numpy as np
 import torch
