@@ -853,12 +853,12 @@ def parse_args() -> tuple[Args, Path | None, dict | None]:
     """The arguments, and for --resume and --meta-test the run folder and its checkpoint. Raises ValueError."""
     about = __doc__.split("\n\n")[0] + " A default of None depends on the environment: see ENV_DEFAULTS."
     given = tyro.cli(Args, description=about)
-    if given.resume and given.meta_test:
+    if given.resume is not None and given.meta_test is not None:
         raise ValueError("resume, meta-test: got both, expected one of them")
-    if not (given.resume or given.meta_test):
+    if given.resume is None and given.meta_test is None:
         check_args(given)
         return given, None, None
-    run = Path(given.resume or given.meta_test)
+    run = Path(given.meta_test if given.resume is None else given.resume)
     saved = load_checkpoint(run)
     args = Args(**saved["args"])
     given = tyro.cli(Args, default=Args(**saved["args"]))  # so that what is not given is as it was
@@ -873,6 +873,8 @@ def parse_args() -> tuple[Args, Path | None, dict | None]:
         expect(new == old or name in free, name, new, f"{old}, as {run} was trained with")
         setattr(args, name, new)
     check_args(args)
+    done = iteration_steps(args, make_env(args, 1), saved["iteration"])
+    expect(args.total_timesteps >= done, "total_timesteps", args.total_timesteps, f"at least the {done} of {run}")
     return args, run, saved
 
 
@@ -941,13 +943,19 @@ if __name__ == "__main__":
     if evaluate_only:
         step = iteration_steps(args, train_env, start)
         rows = meta_test(args, eval_env, actor, encoder, round(step / args.eval_interval), device, curve=True)
-        (run / "meta_test_only.csv").unlink(missing_ok=True)
-        append_rows(run / "meta_test_only.csv", step, rows)
         for task in tasks.test:
             means = summarise([row for row in rows if row["task"] == task])
             print(f"task {task} ({tasks.describe(task)}): " + ", ".join(f"{k[10:]} {v:.2f}" for k, v in means.items()))
+        try:
+            (run / "meta_test_only.csv").unlink(missing_ok=True)
+            append_rows(run / "meta_test_only.csv", step, rows)
+        except OSError as error:
+            fail(f"{run / 'meta_test_only.csv'}: got {error.strerror}, expected a file that can be written", 1)
         if args.capture_video:
-            write_videos(args, actor, encoder, run / "videos", start, device)
+            try:
+                write_videos(args, actor, encoder, run / "videos", start, device)
+            except Exception as error:  # no display, no driver
+                fail(f"capture-video: got {type(error).__name__}: {error}; no video was written", 1)
         sys.exit()
 
     num_iterations = 0

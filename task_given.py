@@ -409,6 +409,11 @@ def update_mappo(args, data, z, actor, critic, value_norm, optimizers) -> dict:
 # Meta-test (Algorithm 2)
 
 
+def tested(args, tasks) -> np.ndarray:
+    """Ids of the tasks that the agents are scored on: held-out ones have no name that they could have learnt."""
+    return tasks.train if args.task_label in ("one-hot", "code") else tasks.test
+
+
 def meta_test(args, env, actor, evaluation: int, device, curve: bool) -> list[dict]:
     """As many episodes as Algorithm 2 takes, on every copy of `env`; told the task, the agents need not explore.
 
@@ -417,9 +422,7 @@ def meta_test(args, env, actor, evaluation: int, device, curve: bool) -> list[di
     """
     env_seed = seed_everything(args.seed, evaluation, "meta-test")
     num_steps, num_envs = env.max_episode_steps, env.num_envs
-    named = args.task_label in ("one-hot", "code")  # held-out tasks have no name that the agents could have learnt
-    tested = env.tasks.train if named else env.tasks.test
-    task = np.resize(tested, num_envs)  # spread evenly
+    task = np.resize(tested(args, env.tasks), num_envs)  # spread evenly
     z = told(args, env, task, num_steps, device)
     rows = []
 
@@ -454,12 +457,12 @@ def summarise(rows: list[dict]) -> dict:
 
 
 def write_videos(args, actor, folder: Path, iteration: int, device) -> None:
-    """For each test task a GIF of one episode."""
+    """For each task that is scored a GIF of one episode."""
     from PIL import Image
 
     folder.mkdir(exist_ok=True)
     env = make_env(args, 1)
-    for task in env.tasks.test:
+    for task in tested(args, env.tasks):
         env_seed = seed_everything(args.seed, iteration, "video") + int(task)
         frames = []
         z = told(args, env, np.array([task]), env.max_episode_steps, device)
@@ -517,7 +520,8 @@ def check_args(args: Args) -> None:
     expect(args.gae_lambda <= 1, "gae_lambda", args.gae_lambda, "at most 1")
     more = args.test_episodes > args.explore_episodes
     expect(more, "test_episodes", args.test_episodes, "more than explore_episodes")
-    expect(args.eval_copies >= len(env.tasks.test), "eval_copies", args.eval_copies, "at least one per test task")
+    scored = len(tested(args, env.tasks))
+    expect(args.eval_copies >= scored, "eval_copies", args.eval_copies, f"at least one for each of {scored} tasks")
     one = iteration_steps(args, env, 1)
     expect(args.total_timesteps >= one, "total_timesteps", args.total_timesteps, f"at least one iteration, {one}")
 
@@ -612,12 +616,12 @@ def parse_args() -> tuple[Args, Path | None, dict | None]:
     """The arguments, and for --resume and --meta-test the run folder and its checkpoint. Raises ValueError."""
     about = __doc__.split("\n\n")[0] + " A default of None depends on the environment: see ENV_DEFAULTS."
     given = tyro.cli(Args, description=about)
-    if given.resume and given.meta_test:
+    if given.resume is not None and given.meta_test is not None:
         raise ValueError("resume, meta-test: got both, expected one of them")
-    if not (given.resume or given.meta_test):
+    if given.resume is None and given.meta_test is None:
         check_args(given)
         return given, None, None
-    run = Path(given.resume or given.meta_test)
+    run = Path(given.meta_test if given.resume is None else given.resume)
     saved = load_checkpoint(run)
     args = Args(**saved["args"])
     given = tyro.cli(Args, default=Args(**saved["args"]))  # so that what is not given is as it was
@@ -632,6 +636,8 @@ def parse_args() -> tuple[Args, Path | None, dict | None]:
         expect(new == old or name in free, name, new, f"{old}, as {run} was trained with")
         setattr(args, name, new)
     check_args(args)
+    done = iteration_steps(args, make_env(args, 1), saved["iteration"])
+    expect(args.total_timesteps >= done, "total_timesteps", args.total_timesteps, f"at least the {done} of {run}")
     return args, run, saved
 
 
@@ -694,13 +700,19 @@ if __name__ == "__main__":
     if evaluate_only:
         step = iteration_steps(args, train_env, start)
         rows = meta_test(args, eval_env, actor, round(step / args.eval_interval), device, curve=True)
-        (run / "meta_test_only.csv").unlink(missing_ok=True)
-        append_rows(run / "meta_test_only.csv", step, rows)
-        for task in tasks.test:
+        for task in tested(args, tasks):
             means = summarise([row for row in rows if row["task"] == task])
             print(f"task {task} ({tasks.describe(task)}): " + ", ".join(f"{k[10:]} {v:.2f}" for k, v in means.items()))
+        try:
+            (run / "meta_test_only.csv").unlink(missing_ok=True)
+            append_rows(run / "meta_test_only.csv", step, rows)
+        except OSError as error:
+            fail(f"{run / 'meta_test_only.csv'}: got {error.strerror}, expected a file that can be written", 1)
         if args.capture_video:
-            write_videos(args, actor, run / "videos", start, device)
+            try:
+                write_videos(args, actor, run / "videos", start, device)
+            except Exception as error:  # no display, no driver
+                fail(f"capture-video: got {type(error).__name__}: {error}; no video was written", 1)
         sys.exit()
 
     num_iterations = 0

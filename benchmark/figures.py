@@ -52,6 +52,8 @@ def read(run: Path) -> list[dict]:
     setting = " ".join([args["env_id"], *args["env_kwargs"]])
     with open(run / "meta_test.csv") as file:
         rows = list(csv.DictReader(file))
+    last = rows[-1]["step"] if rows else None
+    rows = [row for row in rows if row["phase"] != "curve" or row["step"] == last]  # resumed for longer: it has two
     if not any(row["phase"] == "curve" for row in rows):  # the last evaluation alone has it
         return []
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
@@ -190,10 +192,12 @@ def main() -> None:
         here = [row for row in rows if row["setting"] == setting]
         last = {script: max([row["step"] for row in here if row["script"] == script], default=0) for script in COLOURS}
         final = {s: by_seed(here, "return", script=s, step=last[s], phase="posterior") for s in COLOURS}
+        oracle_tasks, floor_tasks = ({row["task"] for row in here if row["script"] == s} for s in (ORACLE, FLOOR))
+        comparable = oracle_tasks and oracle_tasks == floor_tasks  # a one-hot has no name for a held-out task
         for script in [script for script in COLOURS if final[script]]:
             own = [row for row in here if row["script"] == script]
             at_end = dict(step=last[script], phase="posterior")
-            gap = gap_closed(final[script], final[ORACLE], final[FLOOR]) if final[ORACLE] and final[FLOOR] else ""
+            gap = gap_closed(final[script], final[ORACLE], final[FLOOR]) if comparable else ""
             cells = [setting, script, str(len(final[script]))]
             cells += [interval(by_seed(own, "return", step=last[script], phase="prior")), interval(final[script]), gap]
             for key in ("accuracy", "probe"):

@@ -29,7 +29,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run")
     run = parser.parse_args().run
-    agents = mg2l_mappo.load_agents(run)
+    try:
+        agents = mg2l_mappo.load_agents(run)
+    except ValueError as error:
+        parser.error(str(error))
     if agents.args.env_id != "magent_gather":
         parser.error(f"{run}: got a run of {agents.args.env_id}, expected one of magent_gather")
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ start the command again before the runs it had have ended.
 import argparse
 import fcntl
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -88,8 +89,8 @@ def main() -> None:
 
     run_dir = args.run_dir.resolve()
     saved = run_dir / "flags.txt"
-    if saved.exists() and list(run_dir.glob("*/checkpoint.pt")) and (before := saved.read_text().split()) != flags:
-        parser.error(f"run-dir: got flags {' '.join(flags)}, expected {' '.join(before)}, those of its runs")
+    if saved.exists() and list(run_dir.glob("*/checkpoint.pt")) and (before := shlex.split(saved.read_text())) != flags:
+        parser.error(f"run-dir: got flags {shlex.join(flags)}, expected {shlex.join(before)}, those of its runs")
 
     if not args.address:  # of the Ray that is started here, which only this machine reaches
         os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -106,7 +107,7 @@ def main() -> None:
         parser.error(f"cores, gpus: got {args.cores} and {args.gpus}, expected at most {has}")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        saved.write_text(" ".join(flags))
+        saved.write_text(shlex.join(flags))
     except OSError as error:
         parser.error(f"run-dir: got {run_dir} ({error.strerror}), expected a folder that can be written to")
     remote = ray.remote(num_cpus=args.cores, num_gpus=args.gpus, max_retries=3, max_calls=1)(train)

@@ -418,6 +418,14 @@ def test_a_start_that_cannot_be(flags, tmp_path, capsys):
 # Codes in the warm-up
 
 
+@pytest.mark.parametrize("flags", [("--scheme", "local_only"), ("--global-loss", "none"), ("--local-loss", "kl")])
+def test_codes_that_nothing_is_compared_with(flags, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(COPY, tmp_path, "run", "--warmup-codes", *flags)
+    assert stop.value.code == 2 and "warmup-codes: got" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("codes", [True, False])
 def test_keys_are_codes_in_the_warmup_and_contexts_after_it(codes, tmp_path, monkeypatch):
     losses, einsum, info_nce = [], torch.einsum, "...qd,...snd->...qsn"

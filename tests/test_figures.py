@@ -113,6 +113,38 @@ def test_points_that_not_all_episodes_reached_are_left_out(finished):
     assert before - {row["context_steps"] for row in figures["read"](finished / "mg2l_1")} == {50}
 
 
+def test_run_that_was_resumed_for_longer(finished):
+    """Its former end has a curve too: Fig. 7 is of the last one, and without that the run is not finished."""
+    file = finished / "mg2l_1" / "meta_test.csv"
+    before, lines = figures["read"](finished / "mg2l_1"), file.read_text().splitlines(keepends=True)
+    last = lines[-1].split(",")[0]
+    curve = [line for line in lines if ",curve," in line]
+    earlier = [line.replace(f"{last},", "1,", 1) for line in curve]
+    file.write_text("".join([lines[0], *earlier, *lines[1:]]))
+    assert figures["read"](finished / "mg2l_1") == before
+    file.write_text("".join([lines[0], *earlier, *[line for line in lines[1:] if line not in curve]]))
+    assert figures["read"](finished / "mg2l_1") == []
+
+
+def test_no_gap_where_oracle_and_floor_are_of_other_tasks(finished, tmp_path, monkeypatch, capsys):
+    """A one-hot is scored on the tasks that it names, all others on those that are held out."""
+    command(monkeypatch, ROOT / "benchmark" / "figures.py", *finished.iterdir(), "--out", tmp_path)
+    capsys.readouterr()
+    with open(tmp_path / "meta_test.csv") as file:
+        rows = list(csv.DictReader(file))
+    for name, other in (("same", 0), ("others", 5)):
+        with open(tmp_path / f"{name}.csv", "w") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            told = [row["script"] == "task_given" for row in rows]
+            writer.writerows(
+                row | dict(task=int(row["task"]) + other * own) for row, own in zip(rows, told, strict=True)
+            )
+        command(monkeypatch, ROOT / "benchmark" / "figures.py", tmp_path / f"{name}.csv", "--out", tmp_path / name)
+        (cells,) = [line.split("|") for line in capsys.readouterr().out.splitlines() if "| mg2l_mappo | 1 |" in line]
+        assert bool(cells[6].strip()) == (name == "same")
+
+
 def test_gap_closed_by_hand():
     gap = figures["gap_closed"]
     assert gap([-80.0, -80.0], [-60.0, -60.0], [-160.0, -160.0]) == "0.80 [0.80, 0.80]"

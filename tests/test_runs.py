@@ -291,6 +291,9 @@ def test_video_that_cannot_be_drawn(script, trained, tmp_path, monkeypatch):
     result = train(script, tmp_path, "--capture-video")
     assert result.code == 0 and "capture-video: got RuntimeError: no display; no video was written" in result.err
     assert identical(checkpoint_of(tmp_path / "run")["networks"], checkpoint_of(trained[script].run)["networks"])
+    result = call(script, "--meta-test", tmp_path / "run", "--capture-video")
+    assert result.code == 1 and result.err.endswith("got RuntimeError: no display; no video was written\n")
+    assert "task 2 (" in result.out and (tmp_path / "run" / "meta_test_only.csv").is_file()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -347,6 +350,25 @@ def test_resume_for_longer(script, copied):
     assert int(rows[-1]["step"]) == TOTAL[script] + one_more and rows[-1]["phase"] == "curve"
 
 
+@every_script
+def test_resume_for_less(script, copied):
+    run = copied(script)
+    before = contents(run.parent)
+    for total in (STEPS[script][0], TOTAL[script] - 1):
+        result = call(script, "--resume", run, "--total-timesteps", total)
+        one_line(result, script, f"total-timesteps: got {total}, expected at least the {TOTAL[script]} of")
+        assert contents(run.parent) == before
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--meta-test"])
+@every_script
+def test_run_without_a_name(script, flag, tmp_path, monkeypatch):
+    """As a shell gives it that finds no value for $RUN: no new run begins."""
+    monkeypatch.chdir(tmp_path)
+    one_line(call(script, flag, "", "--total-timesteps", 1), script, "checkpoint.pt: got no file")
+    assert not list(tmp_path.iterdir())
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Meta-test of a run, videos, and the agents in other people's hands
 
@@ -390,6 +412,26 @@ def test_meta_test_flags(script, explore, total, copies, copied):
     assert result.code == 0, result.err
     rows = rows_of(run / "meta_test_only.csv")
     check_rows(rows, [0, 1, 2], [TOTAL[script]], copies, explore, total, has_accuracy=script == "mg2l_mappo")
+
+
+@every_script
+def test_evaluation_that_cannot_be_written(script, copied):
+    run = copied(script)
+    (run / "meta_test_only.csv").mkdir()
+    result = call(script, "--meta-test", run)
+    assert result.code == 1 and result.err.count("\n") == 2 and "meta_test_only.csv: got " in result.err
+    assert "task 2 (" in result.out
+
+
+def test_tasks_with_a_name_are_scored(tmp_path):
+    """Held-out ones are nothing that a one-hot could name: they are neither counted, nor shown, nor filmed."""
+    flags = ["--env-id", "spread_target", "--env-kwargs", "num_test=1", "--run-dir", tmp_path, "--capture-video"]
+    flags += ["--total-timesteps", 200, *SMALL, "--eval-copies"]
+    one_line(call("task_given", *flags, 2), "task_given", "eval-copies: got 2, expected at least one for each of 3")
+    assert call("task_given", *flags, 3, "--run-name", "run").code == 0
+    out = call("task_given", "--meta-test", tmp_path / "run").out
+    assert [f"task {task} (" in out for task in range(4)] == [True] * 3 + [False] and out.count("return ") == 3
+    assert {path.name for path in tmp_path.glob("run/videos/*")} == {f"task_{task}.gif" for task in range(3)}
 
 
 def test_video_at_the_end_of_training(tmp_path):

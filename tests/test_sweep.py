@@ -43,13 +43,14 @@ def worker_of(run):
 
 
 def test_finished_runs_are_skipped(tmp_path):
-    code, out, err = finish(start(tmp_path, "--total-timesteps", "400", seeds=(1, 2)))
+    flags = ["--total-timesteps", "400", "--env-kwargs", "num_preys= 3"]  # a space belongs to its flag
+    code, out, err = finish(start(tmp_path, *flags, seeds=(1, 2)))
     assert code == 0, err
     assert "2 runs: 2 finished, 0 failed, 0 running, 0 waiting" in out
     runs = [tmp_path / f"hunting_target__task_given__{seed}" for seed in (1, 2)]
     before = [(run / "checkpoint.pt").stat().st_mtime_ns for run in runs]
     assert [contents(run)["args"]["seed"] for run in runs] == [1, 2]
-    code, out, err = finish(start(tmp_path, "--total-timesteps", "400", seeds=(1, 2)))
+    code, out, err = finish(start(tmp_path, *flags, seeds=(1, 2)))
     assert code == 0 and "2 runs: 2 finished" in out, err
     assert [(run / "checkpoint.pt").stat().st_mtime_ns for run in runs] == before
 
