@@ -424,14 +424,21 @@ def test_evaluation_that_cannot_be_written(script, copied):
 
 
 def test_tasks_with_a_name_are_scored(tmp_path):
-    """Held-out ones are nothing that a one-hot could name: they are neither counted, nor shown, nor filmed."""
+    """Held-out ones are nothing that a one-hot could name: they are neither shown nor filmed. A copy has one task."""
     flags = ["--env-id", "spread_target", "--env-kwargs", "num_test=1", "--run-dir", tmp_path, "--capture-video"]
     flags += ["--total-timesteps", 200, *SMALL, "--eval-copies"]
-    one_line(call("task_given", *flags, 2), "task_given", "eval-copies: got 2, expected at least one for each of 3")
-    assert call("task_given", *flags, 3, "--run-name", "run").code == 0
-    out = call("task_given", "--meta-test", tmp_path / "run").out
-    assert [f"task {task} (" in out for task in range(4)] == [True] * 3 + [False] and out.count("return ") == 3
+    assert call("task_given", *flags, 2, "--run-name", "run").code == 0
+    for copies, scored in ((2, 2), (3, 3), (5, 3)):
+        out = call("task_given", "--meta-test", tmp_path / "run", "--eval-copies", copies).out
+        assert [f"task {task} (" in out for task in range(4)] == [task < scored for task in range(4)]
+        assert out.count("return ") == scored
     assert {path.name for path in tmp_path.glob("run/videos/*")} == {f"task_{task}.gif" for task in range(3)}
+
+
+@pytest.mark.parametrize("label", ["one-hot", "code", "parameters", "none"])
+@pytest.mark.parametrize("env_id", envs.ENV_IDS)
+def test_every_label_goes_with_the_defaults(env_id, label):
+    task_given.check_args(task_given.Args(env_id=env_id, task_label=label))
 
 
 def test_video_at_the_end_of_training(tmp_path):
