@@ -77,6 +77,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmark/results"), help="folder to write into")
     parser.add_argument("--settings", nargs="+", help="the settings to take (default: all of the table)")
     args = parser.parse_args()
+    if not args.table.is_file():
+        parser.error(f"--table: got {args.table}, expected a table written by figures.py")
     with open(args.table) as file:
         rows = [row | dict(step=int(row["step"])) for row in csv.DictReader(file)]
     known = sorted({row["setting"] for row in rows})

@@ -59,6 +59,8 @@ def read(run: Path) -> list[dict]:
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
     speed = events.Scalars("charts/SPS")[-1]
+    if speed.step > int(last):  # resumed for longer, and stopped before its next evaluation
+        return []
     groups, left = defaultdict(list), Counter(row["context_steps"] for row in rows if row["phase"] == "curve")
     for row in rows:
         if row["phase"] == "curve" and left[row["context_steps"]] < max(left.values()):
@@ -152,6 +154,8 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders, and tables written by this command")
     parser.add_argument("--out", type=Path, default=Path("benchmark/results"), help="folder to write into")
     args = parser.parse_args()
+    if missing := [str(run) for run in args.runs if not run.exists()]:
+        parser.error(f"runs: got {', '.join(missing)}, expected run folders or tables that exist")
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     where = dict(commit=commit, hardware=f"{os.cpu_count()} cores, {platform.system()} {platform.machine()}")
     by_run = {}

@@ -1137,6 +1137,7 @@ def check_args(args: Args) -> None:
             fine = math.isfinite(value) and (value > 0 or value == 0 and field.name in zero_is_fine)
             expect(fine, field.name, value, f"a number {'of at least' if field.name in zero_is_fine else 'above'} 0")
     n, num_tasks = env.num_agents, len(env.tasks.train)
+    expect(args.num_threads <= 1024, "num_threads", args.num_threads, "at most 1024")
     expect(args.gamma <= 1, "gamma", args.gamma, "at most 1")
     expect(args.gae_lambda <= 1, "gae_lambda", args.gae_lambda, "at most 1")
     more = args.test_episodes > args.explore_episodes
@@ -1300,6 +1301,16 @@ def build(args: Args, env: envs.MetaVectorEnv, device: torch.device) -> dict[str
 
 
 CSV_COLUMNS = ["step", "run", "task", "episode", "phase", "context_steps", "return", "accuracy", "probe"]
+
+
+def to_numbers(metrics: dict[str, torch.Tensor], step: int) -> dict[str, float]:
+    """Metrics for TensorBoard; of one that has a value per agent, [n], mean and worst. Ends the run if not finite."""
+    for name in [name for name, value in metrics.items() if value.dim()]:
+        metrics[f"{name}_worst"], metrics[name] = metrics[name].min(), metrics[name].mean()
+    values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
+    if broken := [name for name, value in zip(metrics, values, strict=True) if not math.isfinite(value)]:
+        fail(f"{', '.join(broken)} not finite at step {step}; the last checkpoint is as it was", 1)
+    return dict(zip(metrics, values, strict=True))
 
 
 def append_rows(path: Path, step: int, rows: list[dict]) -> None:
@@ -1491,10 +1502,12 @@ if __name__ == "__main__":
                 buffer.newest = round(newest)  # what goes together in all episodes is found sooner in few of them
                 newest = min(newest * growth, args.warmup_episodes)
                 # <<< ablation
-                update_encoder(args, encoder, buffer, num_tasks, optimizers, args.temperature)
+                warmed_up = update_encoder(args, encoder, buffer, num_tasks, optimizers, args.temperature)
             # ablation >>>
             buffer.newest = encoder.codes = None
             # <<< ablation
+            if args.warmup_updates:
+                to_numbers(warmed_up, 0)  # ends the run if a loss is not finite
             seconds["encoder"] += time.perf_counter() - now
             begun += time.perf_counter() - now
 
@@ -1539,12 +1552,7 @@ if __name__ == "__main__":
         del data, experience  # evaluation needs the memory
         for name, posterior in posteriors.items():  # of the contexts acted on; at any scale the same key wins
             metrics[f"charts/cl_accuracy_{name}"] = cl_accuracy(contrast(args, *posterior, num_tasks), every)
-        for name in [name for name, value in metrics.items() if value.dim()]:  # one value per agent
-            metrics[f"{name}_worst"], metrics[name] = metrics[name].min(), metrics[name].mean()
-        values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
-        if broken := [name for name, value in zip(metrics, values, strict=True) if not math.isfinite(value)]:
-            fail(f"{', '.join(broken)} not finite at step {global_step}; the last checkpoint is as it was", 1)
-        metrics = dict(zip(metrics, values, strict=True))
+        metrics = to_numbers(metrics, global_step)
         metrics["charts/learning_rate"] = optimizers["actor"].param_groups[0]["lr"]
         metrics["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
         for name, value in metrics.items():

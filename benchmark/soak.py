@@ -90,6 +90,8 @@ def main() -> None:
     parser.add_argument("--env-id", choices=envs.ENV_IDS, help="only this one")
     parser.add_argument("--iterations", type=int, help="at least 20 (default: two hours' worth)")
     args = parser.parse_args()
+    if args.iterations is not None and args.iterations < 20:
+        parser.error(f"--iterations: got {args.iterations}, expected at least 20")
     if args.env_id:
         sys.exit(not soak(args.env_id, args.iterations or ITERATIONS[args.env_id]))
     print(

@@ -34,6 +34,8 @@ class ParticleEnv(MetaVectorEnv):
 
     def __init__(self, num_envs, seed, num_agents, size, accel, max_speed, start_range, collide, walls):
         super().__init__(num_envs, seed)
+        if not isinstance(walls, bool):
+            raise ValueError(f"walls: got {walls!r}, expected True or False")
         self.num_agents = num_agents
         self.num_entities, self.num_movers = len(size), len(accel)
         column = (-1, 1)  # [entity] -> [entity, 1], beside the copies

@@ -124,6 +124,8 @@ def test_run_that_was_resumed_for_longer(finished):
     assert figures["read"](finished / "mg2l_1") == before
     file.write_text("".join([lines[0], *earlier, *[line for line in lines[1:] if line not in curve]]))
     assert figures["read"](finished / "mg2l_1") == []
+    file.write_text("".join([lines[0], *earlier]))  # stopped before it was evaluated again
+    assert figures["read"](finished / "mg2l_1") == []
 
 
 def test_no_gap_where_oracle_and_floor_are_of_other_tasks(finished, tmp_path, monkeypatch, capsys):
@@ -353,6 +355,23 @@ def test_aggregate_by_hand(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command(monkeypatch, ROOT / "benchmark" / "aggregate.py", *table, "--settings", "b", "spread")
     assert "got spread, expected some of a, b, c, d, e" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("figures.py benchmark/results/meta_test.csv nowhere elsewhere.csv", "got nowhere, elsewhere.csv, expected"),
+        ("aggregate.py --table nowhere.csv", "--table: got nowhere.csv, expected"),
+        ("soak.py --iterations 19", "--iterations: got 19, expected at least 20"),
+    ],
+)
+def test_bad_input_is_refused_in_one_line(line, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmark")
+    name, *flags = line.split()
+    with pytest.raises(SystemExit) as ended:
+        command(monkeypatch, ROOT / "benchmark" / name, *flags, *([] if name == "soak.py" else ["--out", tmp_path]))
+    assert ended.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.iterdir())
 
 
 def test_run_that_is_shipped(finished, tmp_path, monkeypatch, capsys):

@@ -464,6 +464,8 @@ BAD_SETTINGS = [
     ("hunting_target", "radius", 0),
     ("hunting_target", "radius", float("nan")),
     ("hunting_target", "radius", "far"),
+    ("hunting_target", "walls", "off"),
+    ("spread_target", "walls", 1),
     ("spread_target", "num_agents", 0),
     ("spread_target", "num_landmarks", 3),  # as many as agents: no choice left
     ("spread_target", "num_landmarks", None),

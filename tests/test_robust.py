@@ -602,6 +602,16 @@ def test_gradient_that_is_not_finite(script, number, name, made, monkeypatch, tm
     stops_in_the_second_iteration(result, script, tmp_path / "run", f"losses/{name}")
 
 
+def test_warm_up_that_is_not_finite(tmp_path):
+    """Before any iteration, so that the policies never act on it and nothing is there to be kept."""
+    flags = command("mg2l_mappo", "hunting_target", tmp_path, "--warmup-updates", 2, "--warmup-learning-rate", 1e37)
+    result = call("mg2l_mappo", *flags)
+    assert result.code == 1 and "Traceback" not in result.err, result.err
+    line = result.err.splitlines()[-1]
+    assert "losses/global_loss" in line and "losses/local_loss" in line and "not finite at step 0" in line, line
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
 def test_gradient_that_only_the_critic_gives(made, monkeypatch, tmp_path):
     """Without steps of its own the encoder of mg2l_mappo.py still learns from the critic."""
     break_gradient(monkeypatch, made, 2, math.nan)

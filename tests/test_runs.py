@@ -539,6 +539,7 @@ BAD = [  # flags, what the line must say
     ("--num-envs -3", "num-envs: got -3"),
     ("--seed -1", "seed: got -1"),
     ("--num-threads -1", "num-threads"),
+    ("--num-threads 5000000000", "num-threads: got 5000000000"),
     ("--ent-coef -0.1", "ent-coef"),
     ("--learning-rate nan", "learning-rate: got nan"),
     ("--learning-rate inf", "learning-rate: got inf"),
