@@ -158,7 +158,8 @@ def mismatch_returns(module, agents, env, copies: int, seed: int) -> np.ndarray:
     columns = []
     for target in range(num_tasks):  # on z of every source, from the same starts in every target
         z, task = module.draw_z(*posterior, env.max_episode_steps), np.full(env.num_envs, target)
-        data = module.rollout(env, agents.actor, task, z, seed + agents.args.explore_episodes, greedy=True)
+        start, greedy = seed + agents.args.explore_episodes, not agents.args.eval_sample
+        data = module.rollout(env, agents.actor, task, z, start, greedy=greedy)
         columns.append(module.episodic_return(data).view(num_tasks, copies).mean(1).numpy())
     return np.stack(columns, 1)
 
@@ -304,7 +305,8 @@ def measure(module, agents, env, task: np.ndarray, memory, sizes: list[int], see
                 shuffled = (mean[:, :, order], std[:, :, order], torch.from_numpy(task)[order])
                 accuracy[order] += module.inference_accuracy(*shuffled, agents.args.similarity)[0] / 16
             z = module.draw_z(mean, std, env.max_episode_steps)
-            data = module.rollout(env, agents.actor, task, z, seed + agents.args.explore_episodes, greedy=True)
+            start, greedy = seed + agents.args.explore_episodes, not agents.args.eval_sample
+            data = module.rollout(env, agents.actor, task, z, start, greedy=greedy)
             found[name, size] = module.episodic_return(data).numpy(), accuracy.numpy()
     return found
 

@@ -194,7 +194,7 @@ def test_mismatch_is_source_by_target(monkeypatch):
         rollout=lambda env, actor, task, z, seed, greedy: SimpleNamespace(z=z, task=torch.from_numpy(task)),
         episodic_return=lambda data: 10 * data.z + data.task,
     )
-    args = SimpleNamespace(inference_size=4, rollout_contexts=1, latent_dim=1, explore_episodes=2)
+    args = SimpleNamespace(inference_size=4, rollout_contexts=1, latent_dim=1, explore_episodes=2, eval_sample=False)
     agents = SimpleNamespace(args=args, encoder=None, actor=None)
     env = SimpleNamespace(tasks=range(3), max_episode_steps=4, num_envs=6)
     matrix = analysis.mismatch_returns(module, agents, env, 2, 0)
@@ -345,6 +345,18 @@ def test_accuracies_are_those_of_each_copy(runs):
     memory = told(env, np.where(np.arange(12) == 7, 0, task))  # copy 7 is on task 1, and told that it is on task 0
     _, accuracy = analysis.measure(module, agents, env, task, memory, [4], 0)["priority", 4]
     assert accuracy[7] < 0.1 and np.delete(accuracy, 7).min() > 0.5
+
+
+@pytest.mark.parametrize("sample", [False, True])
+def test_acts_as_in_meta_test(sample, runs, monkeypatch):
+    """On the mode, or where a run samples its actions on samples."""
+    module, agents = analysis.load(runs / "hunting")
+    agents.args.eval_sample, rollout, greedy = sample, module.rollout, []
+    monkeypatch.setattr(module, "rollout", lambda *given, **named: (greedy.append(named), rollout(*given, **named))[1])
+    env, task = module.make_env(agents.args, 4), np.resize([0, 1], 4)
+    analysis.measure(module, agents, env, task, analysis.explore(module, agents, env, task, 0), [4], 0)
+    analysis.mismatch_returns(module, agents, env, 2, 0)
+    assert [named["greedy"] for named in greedy if named] == 4 * [not sample]
 
 
 def test_what_drawing_by_priority_gains(runs, tmp_path, monkeypatch, capsys):
