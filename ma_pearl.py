@@ -54,7 +54,7 @@ import envs
 SCRIPT = "ma_pearl"
 CHECKPOINT_KEYS = {"args", "iteration", "csv_bytes", "networks", "optimizers", "context"}
 # What depends on the environment; a flag given by hand wins. The first four rows are Table III (its batch size is our
-# context_size), but for buffer (100,000) and context (32) of the first two and the context of hopper (512). The others
+# context_size), which has buffer 100,000 and context 32 for the first two columns, context 512 for hopper. The others
 # are what measured best or fits the time, docs/ma_pearl.md.
 # fmt: off
 ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
@@ -130,7 +130,7 @@ class Args:
     gae_lambda: float = 0.95
     """lambda of the generalised advantage estimate"""
     update_epochs: int = 15
-    """passes over a rollout"""
+    """passes over a rollout, each of them one step on all of it"""
     clip_coef: float = 0.2
     """clipping of the probability ratio, and of the value's change"""
     ent_coef: float = 0.01
@@ -162,9 +162,9 @@ class Args:
     context_episodes: int | None = None
     """episodes that one context is drawn from while the encoder learns"""
     context_episode_steps: int | None = None
-    """steps of each of them: shorter ones buy more different starts"""
+    """steps of an episode of context: shorter ones buy more different starts"""
     context_copies: int | None = None
-    """episodes gathered per training task in each collection of context"""
+    """episodes gathered per training task in each collection of context after the first"""
     warmup_episodes: int | None = None
     """episodes gathered per training task in the first collection, before anything is learnt"""
     context_interval: int | None = None
@@ -393,7 +393,7 @@ def seed_everything(seed: int, iteration: int, purpose: str) -> int:
 
 
 def draw_z(mean: torch.Tensor, std: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """z_t^i for every step, from one of C posteriors [C, n, E, d] each, with its own noise: [n, num_steps, E, d]."""
+    """z_t^i [n, num_steps, E, d]: each step samples from one of an agent's C posteriors, mean and std [C, n, E, d]."""
     contexts, n, num_envs, _ = mean.shape
     pick = torch.randint(contexts, (n, num_steps, num_envs), device=mean.device)
     agent = torch.arange(n, device=mean.device)[:, None, None]
@@ -570,7 +570,7 @@ def infer(encoder, memory, context_size, num_contexts, latent_dim) -> tuple[torc
         else:
             omega = torch.ones(n, steps, device=own.device)  # any transition as likely as any other
             size = min(context_size, steps)
-            contexts = num_contexts if size < steps else 1  # those that hold all that is stored are the same
+            contexts = num_contexts if size < steps else 1  # contexts of all S transitions are the same
             pick = torch.multinomial(omega.repeat_interleave(contexts, 0), size)  # [n * C, B], none twice
             pick = pick.view(n, contexts * size, 1).expand(-1, -1, own.shape[-1])
             context = own.gather(1, pick).unflatten(1, (contexts, size))  # [n, C, B, transition_dim]
@@ -610,8 +610,8 @@ def inference_accuracy(mean, std, task, kind) -> tuple[torch.Tensor, torch.Tenso
 def meta_test(args, env, actor, encoder, evaluation: int, device, curve: bool) -> list[dict]:
     """Algorithm 2 on every copy of `env`: explore with the prior, infer the task, act on the posterior.
 
-    Returns one row per copy and episode for meta_test.csv. With `curve` also Fig. 7: one more posterior episode after
-    each of the first 0, 10, 20, 50, ... transitions.
+    Returns one row per copy and episode for meta_test.csv. With `curve` also Fig. 7: one more episode on each
+    of the posteriors from the first 0, 10, 20, 50, ... transitions.
     """
     env_seed = seed_everything(args.seed, evaluation, "meta-test")
     num_steps, n, num_envs = env.max_episode_steps, env.num_agents, env.num_envs
@@ -952,16 +952,17 @@ if __name__ == "__main__":
             fail(f"{run / 'meta_test.csv'}: got {csv_bytes} bytes, expected at least {saved['csv_bytes']}")
 
     if evaluate_only:
-        step = iteration_steps(args, train_env, start)
-        rows = meta_test(args, eval_env, actor, encoder, round(step / args.eval_interval), device, curve=True)
+        step, csv_path = iteration_steps(args, train_env, start), run / "meta_test_only.csv"
+        try:
+            csv_path.open("a").close()  # before minutes go into what then cannot be kept
+            rows = meta_test(args, eval_env, actor, encoder, round(step / args.eval_interval), device, curve=True)
+            csv_path.unlink()
+            append_rows(csv_path, step, rows)
+        except OSError as error:
+            fail(f"{csv_path}: got {error.strerror}, expected a file that can be written")
         for task in tasks.test:
             means = summarise([row for row in rows if row["task"] == task])
             print(f"task {task} ({tasks.describe(task)}): " + ", ".join(f"{k[10:]} {v:.2f}" for k, v in means.items()))
-        try:
-            (run / "meta_test_only.csv").unlink(missing_ok=True)
-            append_rows(run / "meta_test_only.csv", step, rows)
-        except OSError as error:
-            fail(f"{run / 'meta_test_only.csv'}: got {error.strerror}, expected a file that can be written", 1)
         if args.capture_video:
             try:
                 write_videos(args, actor, encoder, run / "videos", start, device)
@@ -1064,7 +1065,7 @@ if __name__ == "__main__":
             local = [p.unflatten(1, by_context).transpose(0, 1)[:, :, task] for p in posterior]  # [C, n, E, d]
             z_local = draw_z(*local, num_steps)  # [n, T, E, d]
             whole = [p.unflatten(0, by_context)[:, None, task] for p in encoder.global_posterior(*posterior)]
-            # one z per copy: values of a rollout must come from one function, or they do not telescope
+            # one z per copy: values in a rollout must come from one function, or V(s) and V(s') in GAE do not cancel
             z_global = draw_z(*whole, 1)[0].expand(num_steps, -1, -1)  # [T, E, d]
         data = rollout(train_env, actor, tasks.train[task.cpu().numpy()], z_local, env_seed)  # lines 11 and 12
         now = time.perf_counter()

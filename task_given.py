@@ -107,7 +107,7 @@ class Args:
     gae_lambda: float = 0.95
     """lambda of the generalised advantage estimate"""
     update_epochs: int = 15
-    """passes over a rollout"""
+    """passes over a rollout, each of them one step on all of it"""
     clip_coef: float = 0.2
     """clipping of the probability ratio, and of the value's change"""
     ent_coef: float = 0.01
@@ -711,16 +711,17 @@ if __name__ == "__main__":
             fail(f"{run / 'meta_test.csv'}: got {csv_bytes} bytes, expected at least {saved['csv_bytes']}")
 
     if evaluate_only:
-        step = iteration_steps(args, train_env, start)
-        rows = meta_test(args, eval_env, actor, round(step / args.eval_interval), device, curve=True)
+        step, csv_path = iteration_steps(args, train_env, start), run / "meta_test_only.csv"
+        try:
+            csv_path.open("a").close()  # before minutes go into what then cannot be kept
+            rows = meta_test(args, eval_env, actor, round(step / args.eval_interval), device, curve=True)
+            csv_path.unlink()
+            append_rows(csv_path, step, rows)
+        except OSError as error:
+            fail(f"{csv_path}: got {error.strerror}, expected a file that can be written")
         for task in tested(args, tasks):
             means = summarise([row for row in rows if row["task"] == task])
             print(f"task {task} ({tasks.describe(task)}): " + ", ".join(f"{k[10:]} {v:.2f}" for k, v in means.items()))
-        try:
-            (run / "meta_test_only.csv").unlink(missing_ok=True)
-            append_rows(run / "meta_test_only.csv", step, rows)
-        except OSError as error:
-            fail(f"{run / 'meta_test_only.csv'}: got {error.strerror}, expected a file that can be written", 1)
         if args.capture_video:
             try:
                 write_videos(args, actor, run / "videos", start, device)

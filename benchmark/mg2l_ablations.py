@@ -77,7 +77,7 @@ SCRIPT = "mg2l_ablations"
 # <<< ablation
 CHECKPOINT_KEYS = {"args", "iteration", "csv_bytes", "networks", "optimizers", "context"}
 # What depends on the environment; a flag given by hand wins. The first four rows are Table III (its batch size is our
-# context_size), but for buffer (100,000) and context (32) of the first two and the context of hopper (512). The others
+# context_size), which has buffer 100,000 and context 32 for the first two columns, context 512 for hopper. The others
 # are what measured best or fits the time, docs/mg2l_mappo.md.
 # fmt: off
 ENV_DEFAULTS = {  # hunting, spread, halfcheetah, hopper, rware, gather
@@ -161,7 +161,7 @@ class Args:
     gae_lambda: float = 0.95
     """lambda of the generalised advantage estimate"""
     update_epochs: int = 15
-    """passes over a rollout"""
+    """passes over a rollout, each of them one step on all of it"""
     clip_coef: float = 0.2
     """clipping of the probability ratio, and of the value's change"""
     ent_coef: float = 0.01
@@ -213,7 +213,7 @@ class Args:
     temperature: float = 16.0
     """similarity of z / latent_scale is divided by it, in L_G and, in the warm-up, in L_L: the higher, the softer"""
     local_temperature: float | None = None
-    """the same in L_L after the warm-up; at 128 a z^i in doubt takes the likelier task's code, not one between"""
+    """the same in L_L (infonce) after the warm-up; at 128 a z^i in doubt takes the likelier code, not one between"""
     context_size: int | None = None
     """transitions in one context while the encoder learns, B"""
     inference_size: int | None = None
@@ -223,25 +223,25 @@ class Args:
     context_episodes: int | None = None
     """episodes that one context is drawn from while the encoder learns"""
     context_episode_steps: int | None = None
-    """steps of each of them: shorter ones buy more different starts"""
+    """steps of an episode of context: shorter ones buy more different starts"""
     context_copies: int | None = None
-    """episodes gathered per training task in each collection of context"""
+    """episodes gathered per training task in each collection of context after the first"""
     warmup_episodes: int | None = None
     """episodes gathered per training task in the first collection, before anything is learnt"""
     warmup_updates: int | None = None
-    """steps on L_G + L_L right after it, so that the policies have a representation to begin with"""
+    """steps on L_G + L_L after the first collection, so that the policies have a representation to begin with"""
     context_interval: int | None = None
     """iterations between two collections of context"""
     encoder_updates: int | None = None
     """steps on L_G + L_L in an iteration"""
     context_sets: int | None = None
-    """sets of one context per training task in each of these steps; every context is compared with all other sets"""
+    """sets of one context per training task in a step on L_G + L_L; every context is compared with all other sets"""
     rollout_contexts: int | None = None
     """contexts encoded per task before a rollout; each step picks one"""
     rollout_context_size: int | None = None
-    """transitions in each of them: with many, policies meet one clear code per task; with few, doubtful z^i as well"""
+    """transitions in a context of a rollout: with many, policies meet one clear code per task; with few, doubt too"""
     rollout_context_episodes: int | None = None
-    """episodes that each of them, and each context of the critic, is drawn from"""
+    """episodes that a context of a rollout, or of the critic, is drawn from"""
     critic_context_size: int | None = None
     """transitions in each context that the critic reads while it learns"""
 
@@ -617,9 +617,9 @@ def prediction_loss(args, encoder, buffer, label, mean, std) -> torch.Tensor:
 def local_loss(form, scores_global, scores_local, label, posterior_global, posterior_local, kl_coef) -> torch.Tensor:
     """L_L, averaged over agents; it reaches phi_l alone. Scores [Q, S, N] of z and [n, Q, S, N] of z^i.
 
-    infonce: -I_NCE(z^i; c), z^i must tell the task by itself
-    cmi: eq. 24, I_L1O(z; c) - I_NCE(z, z^i; c); h of a concatenation is the product of its parts' h. I_L1O depends on z
-        alone, so it has no gradient here and is only logged
+    infonce: -I_NCE(z^i; c) + alpha KL, z^i must tell the task by itself
+    cmi: eq. 24, I_L1O(z; c) - I_NCE(z, z^i; c) + alpha KL; h of a concatenation is the product of its parts' h. I_L1O
+        depends on z alone, so it has no gradient here and is only logged
     kl: the consistency loss of section V-F, D_KL(q^i(z^i | c^i) || q(z | c))
     """
     mean, std = (p.detach() for p in posterior_global)  # [Q, d]
@@ -710,7 +710,7 @@ def seed_everything(seed: int, iteration: int, purpose: str) -> int:
 
 
 def draw_z(mean: torch.Tensor, std: torch.Tensor, num_steps: int) -> torch.Tensor:
-    """z_t^i for every step, from one of C posteriors [C, n, E, d] each, with its own noise: [n, num_steps, E, d]."""
+    """z_t^i [n, num_steps, E, d]: each step samples from one of an agent's C posteriors, mean and std [C, n, E, d]."""
     contexts, n, num_envs, _ = mean.shape
     pick = torch.randint(contexts, (n, num_steps, num_envs), device=mean.device)
     agent = torch.arange(n, device=mean.device)[:, None, None]
@@ -824,7 +824,7 @@ def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, va
 
     present, of_copy = task.unique(return_inverse=True)  # N' tasks; one context does for all copies on a task
     for epoch in range(args.update_epochs):
-        # line 17: the critic and, through z, the global part of the encoder
+        # line 17, L_Q: the critic and, through z, the global part of the encoder
         context = buffer.sample(present, args.critic_context_size, args.rollout_context_episodes)  # new in each epoch
         z, _ = encoder.global_posterior(encoder.embed(context))  # [N', d], means: noise costs accuracy
         z = z.detach() + args.critic_coef * (z - z.detach())  # the same value, the gradient times critic_coef
@@ -865,7 +865,7 @@ def update_mappo(args, data, z_local, z_global, task, actor, critic, encoder, va
 
 
 def contrast(args, mean, std, num_tasks: int) -> torch.Tensor:
-    """Similarity of samples of Q posteriors, sets of one per task, to those of all other sets.
+    """Similarity of a sample of each of Q posteriors, S sets of one per task, to the samples of all other sets.
 
     mean, std [..., Q, d], Q = S * N -> scores [..., Q, S - 1, N]
     """
@@ -879,7 +879,7 @@ def contrast(args, mean, std, num_tasks: int) -> torch.Tensor:
 
 
 def update_encoder(args, encoder, buffer, num_tasks, optimizers, local_temperature) -> dict:
-    """One step on L_G + L_L (Algorithm 1, lines 17 and 19). Returns metrics, tensors.
+    """One step on L_G + L_L (Algorithm 1, L_G of line 17 and line 19). Returns metrics, tensors.
 
     Similarity is divided by args.temperature in L_G, and by local_temperature in L_L; eq. 24 compares z and z^i in one
     product, so there both are divided by the former.
@@ -910,7 +910,7 @@ def update_encoder(args, encoder, buffer, num_tasks, optimizers, local_temperatu
     if args.scheme == "local_only":  # agent by agent, [n, Q, d], to be compared with each z^i
         posteriors[0] = tuple(p.unflatten(1, (x.shape[1], -1)).transpose(0, 1) for p in posteriors[0])
     # <<< ablation
-    softer = 1 if args.local_loss == "cmi" else args.temperature / local_temperature  # the former is in them already
+    softer = 1 if args.local_loss == "cmi" else args.temperature / local_temperature  # contrast divides by the former
     loss_l = local_loss(args.local_loss, scores[0], scores[1] * softer, label, *posteriors, args.kl_coef)
     optimizers["phi_g"].zero_grad()
     optimizers["phi_l"].zero_grad()
@@ -959,7 +959,7 @@ def infer(encoder, memory, context_size, num_contexts, latent_dim) -> tuple[torc
         else:
             omega = encoder.priorities(own).clamp(min=1e-12)  # [n, S]
             size = min(context_size, steps)
-            contexts = num_contexts if size < steps else 1  # those that hold all that is stored are the same
+            contexts = num_contexts if size < steps else 1  # contexts of all S transitions are the same
             # omega chooses only where more is stored than a context holds
             pick = torch.multinomial(omega.repeat_interleave(contexts, 0), size)  # [n * C, B], none twice
             pick = pick.view(n, contexts * size, 1).expand(-1, -1, own.shape[-1])
@@ -1000,8 +1000,8 @@ def inference_accuracy(mean, std, task, kind) -> tuple[torch.Tensor, torch.Tenso
 def meta_test(args, env, actor, encoder, evaluation: int, device, curve: bool) -> list[dict]:
     """Algorithm 2 on every copy of `env`: explore with the prior, infer the task, act on the posterior.
 
-    Returns one row per copy and episode for meta_test.csv. With `curve` also Fig. 7: one more posterior episode after
-    each of the first 0, 10, 20, 50, ... transitions.
+    Returns one row per copy and episode for meta_test.csv. With `curve` also Fig. 7: one more episode on each
+    of the posteriors from the first 0, 10, 20, 50, ... transitions.
     """
     env_seed = seed_everything(args.seed, evaluation, "meta-test")
     num_steps, n, num_envs = env.max_episode_steps, env.num_agents, env.num_envs
@@ -1373,16 +1373,17 @@ if __name__ == "__main__":
             fail(f"{run / 'meta_test.csv'}: got {csv_bytes} bytes, expected at least {saved['csv_bytes']}")
 
     if evaluate_only:
-        step = iteration_steps(args, train_env, start)
-        rows = meta_test(args, eval_env, actor, encoder, round(step / args.eval_interval), device, curve=True)
+        step, csv_path = iteration_steps(args, train_env, start), run / "meta_test_only.csv"
+        try:
+            csv_path.open("a").close()  # before minutes go into what then cannot be kept
+            rows = meta_test(args, eval_env, actor, encoder, round(step / args.eval_interval), device, curve=True)
+            csv_path.unlink()
+            append_rows(csv_path, step, rows)
+        except OSError as error:
+            fail(f"{csv_path}: got {error.strerror}, expected a file that can be written")
         for task in tasks.test:
             means = summarise([row for row in rows if row["task"] == task])
             print(f"task {task} ({tasks.describe(task)}): " + ", ".join(f"{k[10:]} {v:.2f}" for k, v in means.items()))
-        try:
-            (run / "meta_test_only.csv").unlink(missing_ok=True)
-            append_rows(run / "meta_test_only.csv", step, rows)
-        except OSError as error:
-            fail(f"{run / 'meta_test_only.csv'}: got {error.strerror}, expected a file that can be written", 1)
         if args.capture_video:
             try:
                 write_videos(args, actor, encoder, run / "videos", start, device)
@@ -1497,7 +1498,7 @@ if __name__ == "__main__":
                 half = torch.rand(num_tasks, d, device=device).argsort(0) < num_tasks / 2
                 encoder.codes = 1 - 2 * half.float()  # corners of the cube of z / latent_scale
             # <<< ablation
-            for _ in range(args.warmup_updates):  # at a higher temperature two tasks may keep one code
+            for _ in range(args.warmup_updates):  # with L_L at local_temperature two tasks may keep one code
                 # ablation >>>
                 buffer.newest = round(newest)  # what goes together in all episodes is found sooner in few of them
                 newest = min(newest * growth, args.warmup_episodes)
@@ -1520,10 +1521,10 @@ if __name__ == "__main__":
             x = encoder.embed(context)  # [C * N, n, encoder_dim]
             posteriors = {"global": encoder.global_posterior(x), "local": encoder.local_posterior(x)}
             by_context = (args.rollout_contexts, num_tasks)
-            # mean and standard deviation, [C, n, E, d]: of each context, that of each copy's task
+            # mean and standard deviation, [C, n, E, d]: of C contexts of the task that each copy is on
             local = [p.unflatten(1, by_context).transpose(0, 1)[:, :, task] for p in posteriors["local"]]
             z_local = draw_z(*local, num_steps)  # [n, T, E, d]
-            # one z per copy: values of a rollout must come from one function, or they do not telescope
+            # one z per copy: values in a rollout must come from one function, or V(s) and V(s') in GAE do not cancel
             z_global = posteriors["global"][0].unflatten(0, by_context)[0, task]  # [E, d]
             z_global = z_global.expand(num_steps, -1, -1)  # [T, E, d]
         data = rollout(train_env, actor, tasks.train[task.cpu().numpy()], z_local, env_seed)  # lines 11 and 12
@@ -1550,7 +1551,7 @@ if __name__ == "__main__":
         global_step = iteration_steps(args, train_env, iteration + 1)
         metrics["charts/episodic_return"] = episodic_return(data).mean()
         del data, experience  # evaluation needs the memory
-        for name, posterior in posteriors.items():  # of the contexts acted on; at any scale the same key wins
+        for name, posterior in posteriors.items():  # of the contexts acted on; a scale of z changes no argmax
             metrics[f"charts/cl_accuracy_{name}"] = cl_accuracy(contrast(args, *posterior, num_tasks), every)
         metrics = to_numbers(metrics, global_step)
         metrics["charts/learning_rate"] = optimizers["actor"].param_groups[0]["lr"]

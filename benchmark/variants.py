@@ -4,9 +4,10 @@
 
 For each setting and script, the runs with the defaults come first. Return, accuracy and seconds are those of the last
 evaluation, as in benchmark/figures.py, whose intervals these are; "training" is the mean return of the last ten
-iterations, which is steadier, since it averages over hundreds of episodes. The second accuracy is that of the contexts
-that these acted on. `--meta-test-only` takes the returns and the first accuracy from the evaluation that
-`--meta-test RUN` wrote beside the run, which may be of more meta-test runs (`--eval-copies`) than the one in training.
+iterations, which is steadier, since it averages over hundreds of episodes. "read right in training" is of the contexts
+that these acted on, by z, by z^i, and by the z^i of the agent that is worst at it. `--meta-test-only` takes the returns
+and the first accuracy from the evaluation that `--meta-test RUN` wrote beside the run, which may be of more meta-test
+runs (`--eval-copies`) than the one in training.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 sys.path.insert(0, str(Path(__file__).parents[1]))  # for the scripts
 import envs  # noqa: E402
 
+IN_TRAINING = ("cl_accuracy_global", "cl_accuracy_local", "cl_accuracy_local_worst")
 NOT_OF_THE_METHOD = {"env_id", "env_kwargs", "seed", "run_dir", "run_name", "num_threads", "cuda", "total_timesteps"}
 NOT_OF_THE_METHOD |= {"resume", "meta_test", "capture_video", "eval_interval", "checkpoint_interval"}
 NOT_OF_THE_METHOD |= {"track", "wandb_project_name", "wandb_entity", "checkpoint_minutes"}
@@ -46,10 +48,10 @@ def changed_flags(args: dict) -> str:
 
 
 def last_in_training(run: Path) -> list[float | None]:
-    """Means of charts/episodic_return and charts/cl_accuracy_local over the last ten iterations; None: not logged."""
+    """Means over the last ten iterations, None if not logged: of the return, and of the accuracies IN_TRAINING."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0})
     events.Reload()
-    logged = [f"charts/{name}" for name in ("episodic_return", "cl_accuracy_local")]
+    logged = [f"charts/{name}" for name in ("episodic_return", *IN_TRAINING)]
     logged = [events.Scalars(name)[-10:] if name in events.Tags()["scalars"] else [] for name in logged]
     return [float(np.mean([event.value for event in last])) if last else None for last in logged]
 
@@ -79,16 +81,17 @@ def main() -> None:
             group[phase].append(float(np.mean([float(row["return"]) for row in last if row["phase"] == phase])))
         told = [float(row["accuracy"]) for row in last if row["phase"] == "posterior" and row["accuracy"] != ""]
         group["accuracy"] += [float(np.mean(told))] if told else []
-        returned, told = last_in_training(run)
+        returned, *told = last_in_training(run)
         group["training"].append(returned)
-        group["accuracy in training"] += [] if told is None else [told]
+        for key, value in zip(IN_TRAINING, told, strict=True):
+            group[key] += [] if value is None else [value]
     print("| setting | script | flags | seeds | exploration | after inference | training | accuracy of z^i |", end="")
-    print(" in training | seconds |\n" + "|---" * 10 + "|")
+    print(" read right in training by z, z^i, worst z^i | seconds |\n" + "|---" * 10 + "|")
     for (setting, script, flags), group in sorted(groups.items()):
         cells = [setting, script, f"`{flags}`" if flags else "defaults", str(len(group["posterior"]))]
         cells += [interval(group[key]) for key in ("prior", "posterior", "training")]
-        for key in ("accuracy", "accuracy in training"):
-            cells.append(f"{np.mean(group[key]):.2f}" if group[key] else "")
+        for keys in (("accuracy",), IN_TRAINING):
+            cells.append(", ".join(f"{np.mean(group[key]):.2f}" for key in keys if group[key]))
         print("| " + " | ".join([*cells, f"{np.median(group['seconds']):.0f}"]) + " |")
 
 

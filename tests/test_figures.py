@@ -290,7 +290,9 @@ def test_table_of_variants(ablated, monkeypatch, capsys):
     (cells,) = (cells for (script, flags), cells in rows.items() if "kl-coef 0.5" in flags)
     for name, cell, rounding in (
         ("episodic_return", cells[6].split()[0], 0.051),
-        ("cl_accuracy_local", cells[8], 0.0051),
+        ("cl_accuracy_global", cells[8].split(", ")[0], 0.0051),
+        ("cl_accuracy_local", cells[8].split(", ")[1], 0.0051),
+        ("cl_accuracy_local_worst", cells[8].split(", ")[2], 0.0051),
     ):
         last = [event.value for event in events.Scalars(f"charts/{name}")][-10:]
         assert float(cell) == pytest.approx(np.mean(last), abs=rounding)
