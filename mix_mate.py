@@ -86,7 +86,8 @@ class Args:
     run_name: str | None = None
     """name of the run folder (default: {env_id}__{script}__{seed}__{time})"""
     resume: str | None = None
-    """run folder to go on with; only total-timesteps, track, wandb-*, checkpoint-*, capture-video may differ from it"""
+    """run folder to go on with; only total-timesteps (more stretches the decay of learning rates), track, wandb-*,
+    checkpoint-* and capture-video may differ from it"""
     meta_test: str | None = None
     """run folder to evaluate; may differ: explore-episodes, test-episodes, eval-copies, eval-sample,
     reset-per-episode, seed, num-threads, cuda, capture-video"""
@@ -131,7 +132,7 @@ class Args:
     hidden_dim: int = 128
     """width of the two hidden layers of actors and critic"""
     share_policy: bool | None = None
-    """one actor and one encoder for all agents, told the agent's id (default: on magent_gather only)"""
+    """one actor and one encoder for all agents, told the agent's id: True or False (default: on magent_gather)"""
 
     # task representation
     latent_dim: int | None = None
@@ -159,7 +160,7 @@ class Args:
     test_episodes: int = 4
     """all episodes of a meta-test run (the paper's N)"""
     eval_sample: bool | None = None
-    """after exploration, sample actions instead of taking the mode (default: on rware_layout, where it gets stuck)"""
+    """after exploration, sample actions, not the mode: True or False (default: on rware_layout, which gets stuck)"""
     reset_per_episode: bool = False
     """strict MATE: forget at the start of each episode, so that exploration teaches nothing"""
 
@@ -429,7 +430,7 @@ def seed_everything(seed: int, iteration: int, purpose: str) -> int:
     """Every rollout, update and evaluation starts from a seed of its own; for evaluations, `iteration` is their number.
 
     So a checkpoint needs no state of generators or environments, evaluating more often does not change training, and
-    the episodes of an evaluation are the same whatever the method.
+    the episodes of an evaluation are the same whatever the method, if there are iterations enough between two of them.
     Seeds PyTorch and returns a seed for the environment.
     """
     purposes = ["initialise", "context", "rollout", "update", "meta-test", "curve", "video"]
@@ -677,6 +678,7 @@ def inference_accuracy(mean, std, task, kind) -> tuple[torch.Tensor, torch.Tenso
     centroid = torch.einsum("ekf,nfd->nekd", weight, representation)  # [n, E, N, d]
     nearest = (representation[:, :, None] - centroid).norm(dim=-1).argmin(-1)  # [n, E]
     probe = (nearest == label).float().mean(0)
+    comparable &= len(known) > 1  # with one task there is nothing to tell
     return accuracy.masked_fill(~comparable, torch.nan), probe.masked_fill(~comparable, torch.nan)
 
 
@@ -789,6 +791,10 @@ def make_env(args: Args, num_envs: int) -> envs.MetaVectorEnv:
     settings = {}
     for setting in args.env_kwargs:
         name, _, value = setting.partition("=")
+        if name in ("env_id", "num_envs", "seed"):
+            raise ValueError(
+                f"env-kwargs: got {name}, which has a flag of its own, expected a setting of {args.env_id}"
+            )
         try:
             settings[name] = ast.literal_eval(value)
         except (SyntaxError, TypeError, ValueError):
@@ -1146,8 +1152,6 @@ if __name__ == "__main__":
         metrics["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
         for name, value in metrics.items():
             writer.add_scalar(name, value, global_step)
-        for name, value in seconds.items():
-            writer.add_scalar(f"time/{name}", value, global_step)
         progress.set_postfix({"return": f"{metrics['charts/episodic_return']:.1f}"}, refresh=False)
         progress.update(global_step - progress.n)
 
@@ -1155,6 +1159,8 @@ if __name__ == "__main__":
         previous = iteration_steps(args, train_env, iteration)
         if last or global_step // args.eval_interval > previous // args.eval_interval:
             evaluate(global_step, curve=last)
+        for name, value in seconds.items():
+            writer.add_scalar(f"time/{name}", value, global_step)
         state = dict(script=SCRIPT, args=dataclasses.asdict(args), iteration=iteration + 1)
         state |= dict(csv_bytes=csv_path.stat().st_size)
         state["networks"] = copy.deepcopy({name: network.state_dict() for name, network in networks.items()})

@@ -61,7 +61,8 @@ def read(run: Path) -> list[dict]:
     speed = events.Scalars("charts/SPS")[-1]
     if speed.step > int(last):  # resumed for longer, and stopped before its next evaluation
         return []
-    groups, left = defaultdict(list), Counter(row["context_steps"] for row in rows if row["phase"] == "curve")
+    told = {(row["context_steps"], row["run"]) for row in rows if row["phase"] == "curve"}
+    groups, left = defaultdict(list), Counter(begun for begun, _ in told)  # copies that got so far
     for row in rows:
         if row["phase"] == "curve" and left[row["context_steps"]] < max(left.values()):
             continue  # some episodes have ended before: the rest would be those that went well
@@ -217,11 +218,13 @@ def main() -> None:
             begun = sorted(begun)
             for each, key in ((return_axis, "return"), (accuracy_axis, "accuracy")):
                 curve = [by_seed(own, key, phase="curve", context_steps=steps) for steps in begun]
-                known = [(steps, values) for steps, values in zip(begun, curve, strict=True) if values]
+                # a point that only some seeds have is of those that went well
+                seeds = max(map(len, curve), default=0)
+                known = [point for point in zip(begun, curve, strict=True) if 0 < len(point[1]) == seeds]
                 if known:
                     draw(each, *map(list, zip(*known, strict=True)), script, COLOURS[script])
                 if key == "return":
-                    points = [f"{steps}: {np.mean(values):.1f}" for steps, values in zip(begun, curve, strict=True)]
+                    points = [f"{steps}: {np.mean(values):.1f}" for steps, values in known]
                     adaptation.append(f"| {setting} | {script} | {', '.join(points)} |")
         axis.set_title(setting, fontsize=9)
         axis.set(xlabel="environment steps (thousands)", ylabel="meta-test return (posterior)")

@@ -126,7 +126,8 @@ class Args:
     run_name: str | None = None
     """name of the run folder (default: {env_id}__{script}__{seed}__{time})"""
     resume: str | None = None
-    """run folder to go on with; only total-timesteps, track, wandb-*, checkpoint-*, capture-video may differ from it"""
+    """run folder to go on with; only total-timesteps (more stretches the decay of learning rates), track, wandb-*,
+    checkpoint-* and capture-video may differ from it"""
     meta_test: str | None = None
     """run folder to evaluate; may differ: explore-episodes, test-episodes, eval-copies, eval-sample, seed, num-threads,
     cuda, capture-video"""
@@ -173,7 +174,7 @@ class Args:
     hidden_dim: int = 128
     """width of the two hidden layers of actors and critic"""
     share_policy: bool | None = None
-    """one actor and one local encoder for all agents, told the agent's id (default: on magent_gather only)"""
+    """one actor and one local encoder for all agents, told the agent's id: True or False (default: on magent_gather)"""
 
     # task representation (Tables I to III)
     latent_dim: int = 64
@@ -209,7 +210,7 @@ class Args:
     """in the warm-up, contrast z and z^i with a fixed random code for each task and not with other contexts"""
     # <<< ablation
     similarity: Literal["dot", "cosine"] = "dot"
-    """similarity of two representations in the contrastive losses"""
+    """similarity of two representations in the contrastive losses; cosine needs temperatures of about 0.2"""
     temperature: float = 16.0
     """similarity of z / latent_scale is divided by it, in L_G and, in the warm-up, in L_L: the higher, the softer"""
     local_temperature: float | None = None
@@ -237,7 +238,7 @@ class Args:
     context_sets: int | None = None
     """sets of one context per training task in a step on L_G + L_L; every context is compared with all other sets"""
     rollout_contexts: int | None = None
-    """contexts encoded per task before a rollout; each step picks one"""
+    """contexts encoded per task before a rollout, and by an agent at meta-test; each step picks one"""
     rollout_context_size: int | None = None
     """transitions in a context of a rollout: with many, policies meet one clear code per task; with few, doubt too"""
     rollout_context_episodes: int | None = None
@@ -255,7 +256,7 @@ class Args:
     test_episodes: int = 4
     """all episodes of a meta-test run (the paper's N)"""
     eval_sample: bool | None = None
-    """after exploration, sample actions instead of taking the mode (default: on rware_layout, where it gets stuck)"""
+    """after exploration, sample actions, not the mode: True or False (default: on rware_layout, which gets stuck)"""
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -534,7 +535,8 @@ class TaskEncoder(nn.Module):
     def priorities(self, transitions: torch.Tensor, chunk: int = 512) -> torch.Tensor:
         """omega_t^i (eq. 32): how much each agent's transition tells, [n, S, transition_dim] -> [n, S], sum 1.
 
-        Attention blocks see at most `chunk` transitions at a time; the softmax is over all.
+        Attention blocks see at most `chunk` transitions at a time; the softmax is over all. So beyond that the order in
+        which they are stored plays a small part.
         """
         x = self.e_tran((transitions - self.mean) / self.std)  # [n, S, encoder_dim]
         return torch.cat([self.e_agg(part)[1] for part in x.split(chunk, dim=1)], -1).softmax(-1)
@@ -700,7 +702,7 @@ def seed_everything(seed: int, iteration: int, purpose: str) -> int:
     """Every rollout, update and evaluation starts from a seed of its own; for evaluations, `iteration` is their number.
 
     So a checkpoint needs no state of generators or environments, evaluating more often does not change training, and
-    the episodes of an evaluation are the same whatever the method.
+    the episodes of an evaluation are the same whatever the method, if there are iterations enough between two of them.
     Seeds PyTorch and returns a seed for the environment.
     """
     purposes = ["initialise", "context", "rollout", "update", "meta-test", "curve", "video"]
@@ -994,6 +996,7 @@ def inference_accuracy(mean, std, task, kind) -> tuple[torch.Tensor, torch.Tenso
     centroid = torch.einsum("ekf,nfd->nekd", weight, representation)  # [n, E, N, d]
     nearest = (representation[:, :, None] - centroid).norm(dim=-1).argmin(-1)  # [n, E]
     probe = (nearest == label).float().mean(0)
+    comparable &= len(known) > 1  # with one task there is nothing to tell
     return accuracy.masked_fill(~comparable, torch.nan), probe.masked_fill(~comparable, torch.nan)
 
 
@@ -1104,6 +1107,10 @@ def make_env(args: Args, num_envs: int) -> envs.MetaVectorEnv:
     settings = {}
     for setting in args.env_kwargs:
         name, _, value = setting.partition("=")
+        if name in ("env_id", "num_envs", "seed"):
+            raise ValueError(
+                f"env-kwargs: got {name}, which has a flag of its own, expected a setting of {args.env_id}"
+            )
         try:
             settings[name] = ast.literal_eval(value)
         except (SyntaxError, TypeError, ValueError):
@@ -1229,9 +1236,9 @@ def restore(modules: dict, saved: dict, path) -> None:
 def load_agents(run: str | Path) -> SimpleNamespace:
     """A finished or unfinished run as something to use: its args, env (one copy), actor, critic and encoder.
 
-    `prior(E)` gives z^i [n, E, d] to explore with, `infer(memory)` the posterior from transitions, `act(obs, z)` the
-    actions: obs float32 [E, n, obs_dim] as the environment gives it, actions as it takes them. Raises ValueError if
-    there is no readable checkpoint of this script.
+    `prior(E)` gives z^i [n, E, d] to explore with, `infer(memory)` a sample of the posterior from transitions,
+    `act(obs, z)` the actions: obs float32 [E, n, obs_dim] as the environment gives it, actions as it takes them. Raises
+    ValueError if there is no readable checkpoint of this script.
     """
     saved = load_checkpoint(run)
     args = Args(**saved["args"])
@@ -1558,8 +1565,6 @@ if __name__ == "__main__":
         metrics["charts/SPS"] = (global_step - start_step) / (time.time() - start_time)
         for name, value in metrics.items():
             writer.add_scalar(name, value, global_step)
-        for name, value in seconds.items():
-            writer.add_scalar(f"time/{name}", value, global_step)
         progress.set_postfix({"return": f"{metrics['charts/episodic_return']:.1f}"}, refresh=False)
         progress.update(global_step - progress.n)
 
@@ -1567,6 +1572,8 @@ if __name__ == "__main__":
         previous = iteration_steps(args, train_env, iteration)
         if last or global_step // args.eval_interval > previous // args.eval_interval:
             evaluate(global_step, curve=last)
+        for name, value in seconds.items():
+            writer.add_scalar(f"time/{name}", value, global_step)
         state = dict(script=SCRIPT, args=dataclasses.asdict(args), iteration=iteration + 1)
         state |= dict(csv_bytes=csv_path.stat().st_size, context=buffer.data)
         state["networks"] = copy.deepcopy({name: network.state_dict() for name, network in networks.items()})

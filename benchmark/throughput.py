@@ -12,9 +12,10 @@ are measured in turn, three times; medians count, and the ratio is the median of
 wall time from start to end, evaluation included, in turn, three times, on the threads PyTorch takes by default.
 
 A phase is what a script logs as time/...: rollout (context collection and the posteriors to act on included), PPO,
-encoder (its warm-up included); evaluation, start and checkpoints are the rest. A phase's arithmetic is that of the
+encoder (its warm-up included), evaluation; start and checkpoints are the rest. A phase's arithmetic is that of the
 matrix products, which PyTorch's FlopCounterMode counts in a second run of the same length. Its rate is given as a share
-of what one large matrix product reaches on as many threads, the best of ten before the run and ten after it.
+of what one large matrix product reaches on as many threads, the best of ten before the run and ten after it. The last
+column is the same share for PPO's own product by itself: a rollout's rows by the square weights of each agent.
 """
 
 import argparse
@@ -222,18 +223,19 @@ def run_script(script: str, env_id: str, total_timesteps: int) -> tuple[float, f
     return seconds, usage.ru_maxrss / 1024
 
 
-def product_rate(threads: int) -> float:
-    """GFLOP/s of a large matrix product in float32, the best of ten."""
+def product_rate(threads: int, batch: int = 1, rows: int = 2048, width: int = 2048) -> float:
+    """GFLOP/s of the product [batch, rows, width] by [batch, width, width] in float32, the best of ten."""
     torch.set_num_threads(threads)
-    a, b = torch.randn(2, 2048, 2048)
+    a, b = torch.randn(batch, rows, width), torch.randn(batch, width, width)
     seconds = []
     for _ in range(10):
         begun = time.perf_counter()
         a @ b
         seconds.append(time.perf_counter() - begun)
-    return 2 * 2048**3 / min(seconds) / 1e9
+    return 2 * batch * rows * width**2 / min(seconds) / 1e9
 
 
+PHASES = ("rollout", "ppo", "encoder", "eval")
 PHASE_OF = {"update_mappo": "ppo", "update_encoder": "encoder", "meta_test": "eval"}  # all else is rollout
 
 
@@ -270,6 +272,9 @@ def phases(script: str, env_id: str, total_timesteps: int, threads: int) -> str:
         if done.returncode:
             sys.exit(f"{' '.join(run[1:])} failed: {done.stderr.splitlines()[-1:]}")
         rate = max(before, product_rate(threads))
+        env, defaults = envs.make(env_id), importlib.import_module(Path(script).stem).Args()
+        rows = defaults.num_envs * env.max_episode_steps
+        small = product_rate(threads, env.num_agents, rows, defaults.hidden_dim)
         code = "import sys, throughput; throughput.count(sys.argv[1], sys.argv[2:])"
         run = [sys.executable, "-c", code, script, *flags, "--run-dir", f"{folder}/counted"]
         environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "benchmark"), str(ROOT)])}
@@ -279,15 +284,16 @@ def phases(script: str, env_id: str, total_timesteps: int, threads: int) -> str:
         events = EventAccumulator(str(timed))
         events.Reload()
         steps = events.Scalars("charts/SPS")[-1].step
-        logged = [name for name in ("rollout", "ppo", "encoder") if f"time/{name}" in events.Tags()["scalars"]]
+        logged = [name for name in PHASES if f"time/{name}" in events.Tags()["scalars"]]
         seconds = {name: events.Scalars(f"time/{name}")[-1].value for name in logged}
     rest = whole - sum(seconds.values())
     cells = [script, env_id, f"{ours(env_id)[0]:,.0f}", f"{steps / whole:,.0f}", f"{whole:.0f}"]
-    for name in ("rollout", "ppo", "encoder"):
+    for name in PHASES:
         value, gflop = seconds.get(name, 0), flop.get(name, 0) / 1e9
         share = f"{value:.1f} s, {value / whole:.0%}"
         cells.append(f"{share}, {gflop:,.0f} GFLOP, {gflop / value / rate:.2f}" if value else "-")
-    return "| " + " | ".join([*cells, f"{rest:.1f} s, {rest / whole:.0%}", f"{rate:.0f}"]) + " |"
+    cells += [f"{rest:.1f} s, {rest / whole:.0%}", f"{rate:.0f}", f"{small / rate:.2f}"]
+    return "| " + " | ".join(cells) + " |"
 
 
 def main() -> None:
@@ -301,7 +307,7 @@ def main() -> None:
 
     if args.phases:
         columns = ["script", "environment", "environment alone, steps/CPU-s", "steps/s", "s"]
-        columns += ["rollout", "PPO", "encoder", "evaluation and rest", "matrix product, GFLOP/s"]
+        columns += ["rollout", "PPO", "encoder", "evaluation", "rest", "matrix product, GFLOP/s", "PPO's product"]
         print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
         for env_id in args.env_id:
             for script in SCRIPTS:

@@ -259,7 +259,8 @@ class HopperParam(LocomotionEnv):
 def check_factors(factors: list[tuple[float, float, float, float]]) -> np.ndarray:
     """The factors as an array [num_tasks, 4]. Raises ValueError unless there are two tasks, all numbers above 0."""
     try:
-        checked = np.asarray(factors, np.float64)
+        with np.errstate(over="ignore"):
+            checked = np.asarray(factors, np.float64).astype(np.float32)  # as the tasks' parameters have them
         sound = ((checked > 0) & (checked < np.inf)).all()
         if sound and checked.ndim == 2 and checked.shape[1] == 4 and len(checked) >= 2:
             return checked

@@ -216,7 +216,7 @@ class ParallelView(pettingzoo.ParallelEnv):
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         task = (options or {}).get("task")
-        obs, info = self.env.reset(seed, {"task": self._task if task is None else [task]})
+        obs, info = self.env.reset(seed, (options or {}) | {"task": self._task if task is None else [task]})
         self.agents = self.possible_agents[:]
         self._last_state = self.env.state()[0]
         return self._by_agent(obs), {a: {"task": int(info["task"][0])} for a in self.agents}

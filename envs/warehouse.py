@@ -210,7 +210,9 @@ class RwareLayout(MetaVectorEnv):
 
     def render(self):
         """Copy 0, 320 x 320: goals green, shelves blue, requested ones orange; a robot is a grey disc (red with a
-        shelf) with a black bar towards where it heads."""
+        shelf) with a black bar towards where it heads. Raises ValueError before the first reset."""
+        if self._obs is None:
+            raise ValueError("render: got a call before reset, expected reset() first")
         pixels, warehouse = 32, self.warehouses[0]
         picture = np.full((SIZE * pixels, SIZE * pixels, 3), 255, np.uint8)
         picture[::pixels] = picture[:, ::pixels] = (210, 210, 210)

@@ -113,6 +113,21 @@ def test_points_that_not_all_episodes_reached_are_left_out(finished):
     assert before - {row["context_steps"] for row in figures["read"](finished / "mg2l_1")} == {50}
 
 
+def test_copy_that_ends_on_a_point_of_the_curve(finished):
+    """It is recorded there once more for each later point, and that is no copy more."""
+    file = finished / "mg2l_1" / "meta_test.csv"
+    lines = file.read_text().splitlines(keepends=True)
+    names = lines[0].strip().split(",")
+    before = {row["context_steps"] for row in figures["read"](finished / "mg2l_1")}
+    for k, line in enumerate(lines):  # copy 0 ends after 50 transitions
+        row = dict(zip(names, line.strip().split(","), strict=True))
+        if row["phase"] == "curve" and row["run"] == "0" and int(row["context_steps"]) > 50:
+            lines[k] = ",".join((row | {"context_steps": "50"}).values()) + "\n"
+    file.write_text("".join(lines))
+    after = {row["context_steps"] for row in figures["read"](finished / "mg2l_1")}
+    assert max(before - {""}) > 50 and after == {x for x in before if x == "" or x <= 50}
+
+
 def test_run_that_was_resumed_for_longer(finished):
     """Its former end has a curve too: Fig. 7 is of the last one, and without that the run is not finished."""
     file = finished / "mg2l_1" / "meta_test.csv"

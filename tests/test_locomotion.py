@@ -367,7 +367,11 @@ def test_a_cheetah_has_two_agents_or_six(num_agents):
 
 
 BAD_FACTORS = [[], [(1, 1, 1, 1)], [(1, 1, 1)] * 2, [(1, 1, 1, 1), (1, 1)], [(1, 1, 0, 1)] * 2, [(1, -1, 1, 1)] * 2]
-BAD_FACTORS += [[(1, 1, 1, value)] * 2 for value in (np.nan, np.inf, "heavy")] + [2, np.ones((2, 4, 1)), "light"]
+BAD_FACTORS += [[(1, 1, 1, value)] * 2 for value in (np.nan, np.inf, "heavy", 1e39, 1e-46)] + [
+    2,
+    np.ones((2, 4, 1)),
+    "light",
+]
 
 
 @pytest.mark.parametrize("factors", BAD_FACTORS)

@@ -982,6 +982,13 @@ def test_accuracy_of_posteriors_that_lie_apart():
     assert accuracy[0] == probe[0] == 0.5 and accuracy[2:4].tolist() == probe[2:4].tolist() == [1.0, 1.0]
 
 
+def test_accuracy_with_one_task_is_none():
+    """Whatever is said would be right."""
+    mean = torch.randn(4, 2, 6, 3)
+    for values in accuracy_of(mean, torch.ones_like(mean), [3] * 6):
+        assert values.isnan().all()
+
+
 def test_accuracy_of_posteriors_that_are_all_the_same_is_chance():
     task = [0, 1, 2] * 60
     mean = torch.ones(5, 2, 180, 16)

@@ -562,6 +562,8 @@ BAD = [  # flags, what the line must say
     ("--env-kwargs num_preys", "num_preys"),
     ("--env-kwargs num_preys=two", "num_preys=two"),
     ("--env-kwargs =3", "unknown setting"),
+    ("--env-kwargs num_envs=3", "num_envs"),
+    ("--env-kwargs seed=3", "seed"),
     ("--env-kwargs num_preys=__import__('os').getcwd()", "NAME=VALUE"),
     ("--env-kwargs num_preys={[]:1}", "NAME=VALUE"),
     ("--env-kwargs num_preys=0", "num_preys: got 0"),

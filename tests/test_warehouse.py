@@ -347,6 +347,11 @@ def test_the_state_is_what_agents_know_of_themselves_and_where_shelves_are():
         obs, *_ = env.step(np.array([drive(warehouse) for warehouse in env.warehouses]))
 
 
+def test_no_picture_before_the_first_reset():
+    with pytest.raises(ValueError, match="before reset"):
+        envs.make("rware_layout").render()
+
+
 def test_the_picture_shows_shelves_requests_goals_and_agents(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyglet", None)  # rware's own pictures need a display
     env, drive = envs.make("rware_layout", 2), Driver(0)
