@@ -186,7 +186,8 @@ class ParallelView(pettingzoo.ParallelEnv):
     """One copy of a MetaVectorEnv as a PettingZoo ParallelEnv, for other people's software.
 
     task: the id of its task, or None for one drawn from `tasks.train` at every reset (info["task"] says which;
-    `reset(options={"task": id})` chooses one). Raises ValueError as the MetaVectorEnv does.
+    `reset(options={"task": id})` chooses one; other options are ignored, since PettingZoo's own tests pass some). Raises
+    ValueError as the MetaVectorEnv does.
     """
 
     def __init__(self, env: MetaVectorEnv, task: int | None = None):
@@ -216,7 +217,7 @@ class ParallelView(pettingzoo.ParallelEnv):
 
     def reset(self, seed: int | None = None, options: dict | None = None) -> tuple[dict, dict]:
         task = (options or {}).get("task")
-        obs, info = self.env.reset(seed, (options or {}) | {"task": self._task if task is None else [task]})
+        obs, info = self.env.reset(seed, {"task": self._task if task is None else [task]})
         self.agents = self.possible_agents[:]
         self._last_state = self.env.state()[0]
         return self._by_agent(obs), {a: {"task": int(info["task"][0])} for a in self.agents}

@@ -554,14 +554,6 @@ def test_the_parallel_env_has_spaces_for_what_it_gives(env_id):
     view.close()
 
 
-def test_the_parallel_env_refuses_unknown_options():
-    view = envs.parallel_env("hunting_target")
-    with pytest.raises(ValueError, match="options: got .*taks.*, expected only 'task'"):
-        view.reset(seed=0, options={"taks": 2})
-    assert view.reset(seed=0, options={"task": 2})[1]["agent_0"]["task"] == 2
-
-
-@every_env
 def test_the_parallel_env_plays_the_task_it_is_given(env_id):
     last = len(envs.make(env_id).tasks) - 1
     view = envs.parallel_env(env_id, task=last)
