@@ -186,7 +186,7 @@ class ParallelView(pettingzoo.ParallelEnv):
     """One copy of a MetaVectorEnv as a PettingZoo ParallelEnv, for other people's software.
 
     task: the id of its task, or None for one drawn from `tasks.train` at every reset (info["task"] says which;
-    `reset(options={"task": id})` chooses one; other options are ignored, since PettingZoo's own tests pass some). Raises
+    `reset(options={"task": id})` chooses one; other options are ignored, as PettingZoo's own tests pass some). Raises
     ValueError as the MetaVectorEnv does.
     """
 
