@@ -223,12 +223,12 @@ def run_script(script: str, env_id: str, total_timesteps: int) -> tuple[float, f
     return seconds, usage.ru_maxrss / 1024
 
 
-def product_rate(threads: int, batch: int = 1, rows: int = 2048, width: int = 2048) -> float:
-    """GFLOP/s of the product [batch, rows, width] by [batch, width, width] in float32, the best of ten."""
+def product_rate(threads: int, batch: int = 1, rows: int = 2048, width: int = 2048, tries: int = 10) -> float:
+    """GFLOP/s of the product [batch, rows, width] by [batch, width, width] in float32, the best of `tries`."""
     torch.set_num_threads(threads)
     a, b = torch.randn(batch, rows, width), torch.randn(batch, width, width)
     seconds = []
-    for _ in range(10):
+    for _ in range(tries):
         begun = time.perf_counter()
         a @ b
         seconds.append(time.perf_counter() - begun)
@@ -274,7 +274,7 @@ def phases(script: str, env_id: str, total_timesteps: int, threads: int) -> str:
         rate = max(before, product_rate(threads))
         env, defaults = envs.make(env_id), importlib.import_module(Path(script).stem).Args()
         rows = defaults.num_envs * env.max_episode_steps
-        small = product_rate(threads, env.num_agents, rows, defaults.hidden_dim)
+        small = product_rate(threads, env.num_agents, rows, defaults.hidden_dim, tries=200)
         code = "import sys, throughput; throughput.count(sys.argv[1], sys.argv[2:])"
         run = [sys.executable, "-c", code, script, *flags, "--run-dir", f"{folder}/counted"]
         environ = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "benchmark"), str(ROOT)])}
