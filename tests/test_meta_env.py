@@ -554,6 +554,7 @@ def test_the_parallel_env_has_spaces_for_what_it_gives(env_id):
     view.close()
 
 
+@every_env
 def test_the_parallel_env_plays_the_task_it_is_given(env_id):
     last = len(envs.make(env_id).tasks) - 1
     view = envs.parallel_env(env_id, task=last)
