@@ -15,7 +15,8 @@ A phase is what a script logs as time/...: rollout (context collection and the p
 encoder (its warm-up included), evaluation; start and checkpoints are the rest. A phase's arithmetic is that of the
 matrix products, which PyTorch's FlopCounterMode counts in a second run of the same length. Its rate is given as a share
 of what one large matrix product reaches on as many threads, the best of ten before the run and ten after it. The last
-column is the same share for PPO's own product by itself: a rollout's rows by the square weights of each agent.
+column is the same share for PPO's own product by itself, a rollout's rows by the square weights of each agent, the
+best of 200 after the run.
 """
 
 import argparse
